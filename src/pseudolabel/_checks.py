@@ -1,0 +1,159 @@
+"""Argument validation. Every message names the argument, what was expected and what came.
+
+Shapes and dtypes are always checked: that costs no device work. Values (finite, in range) are checked where
+wrong ones would give a wrong answer in silence; on an accelerator that is one synchronisation, which
+``PSEUDOLABEL_CHECKS=0`` in the environment saves. Under ``torch.compile`` values are not checked.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_choice",
+    "check_finite",
+    "check_float",
+    "check_integer",
+    "check_labels",
+    "check_number",
+    "check_probability",
+    "check_shapes",
+    "check_unit_range",
+]
+
+_VALUES = os.environ.get("PSEUDOLABEL_CHECKS", "1") != "0"
+
+
+def _values_unchecked(value: Tensor) -> bool:
+    return not _VALUES or torch.compiler.is_compiling() or value.numel() == 0
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
+    """Check tensors against shapes such as ``"B C h w"``, letters shared by several arguments being equal.
+
+    Returns the size that each letter stands for. A number in a shape stands for itself; ``"..."`` in front
+    stands for any leading axes.
+    """
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    for name, (value, pattern) in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: expected a tensor of shape ({pattern.replace(' ', ', ')}), got {_describe(value)}"
+            )
+        axes = pattern.split()
+        shape = tuple(value.shape)
+        open_ended = axes[0] == "..."
+        if open_ended:
+            axes = axes[1:]
+            shape = shape[len(shape) - len(axes) :] if len(shape) >= len(axes) else shape
+        if len(shape) != len(axes):
+            raise ValueError(
+                f"{name}: expected shape ({pattern.replace(' ', ', ')}), got {tuple(value.shape)}"
+            )
+        for axis, size in zip(axes, shape, strict=True):
+            expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+            if size != expected:
+                source = f" with {axis}={expected} from {owner[axis]}" if axis in owner else ""
+                raise ValueError(
+                    f"{name}: expected shape ({pattern.replace(' ', ', ')}){source}, got {tuple(value.shape)}"
+                )
+            if not axis.isdigit():
+                owner.setdefault(axis, name)
+    return sizes
+
+
+def check_float(**arguments: Tensor) -> None:
+    """Check that tensors are of a floating dtype."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {_describe(value)}")
+
+
+def check_integer(**arguments: Tensor) -> None:
+    """Check that tensors are of an integer dtype."""
+    for name, value in arguments.items():
+        if (
+            not isinstance(value, Tensor)
+            or value.is_floating_point()
+            or value.is_complex()
+            or value.dtype == torch.bool
+        ):
+            raise TypeError(f"{name}: expected an integer tensor, got {_describe(value)}")
+
+
+def check_finite(**arguments: Tensor) -> None:
+    """Check that tensors hold neither NaN nor infinity."""
+    for name, value in arguments.items():
+        if _values_unchecked(value) or bool(torch.isfinite(value).all()):
+            continue
+        nan, inf = int(torch.isnan(value).sum()), int(torch.isinf(value).sum())
+        raise ValueError(
+            f"{name}: expected finite values, got {nan} NaN and {inf} infinite of {value.numel()}"
+        )
+
+
+def check_unit_range(*, tolerance: float = 1e-3, **arguments: Tensor) -> None:
+    """Check that tensors are finite and in [0, 1], rounding noise up to ``tolerance`` aside."""
+    for name, value in arguments.items():
+        if _values_unchecked(value):
+            continue
+        low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+        if not (low >= -tolerance and high <= 1 + tolerance):  # a NaN fails as well
+            hint = " (divide 8-bit values by 255)" if high > 2 and name == "image" else ""
+            raise ValueError(f"{name}: expected values in [0, 1], got values from {low:g} to {high:g}{hint}")
+
+
+def check_labels(labels: Tensor) -> None:
+    """Check that image-level labels are multi-hot: bool, or numbers that are 0 or 1."""
+    if labels.dtype == torch.bool or _values_unchecked(labels):
+        return
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise ValueError(
+            "labels: expected a multi-hot tensor of 0 and 1, one column a foreground class, got values "
+            f"{torch.unique(labels.detach())[:8].tolist()}"
+        )
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> None:
+    """Check that a setting is a finite number in the stated range."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not (value > above and at_least <= value <= at_most)
+    ):
+        bounds = [
+            f"> {above:g}" if above > -math.inf else "",
+            f">= {at_least:g}" if at_least > -math.inf else "",
+            f"<= {at_most:g}" if at_most < math.inf else "",
+        ]
+        wanted = " and ".join(bound for bound in bounds if bound)
+        raise ValueError(f"{name}: expected a finite number {wanted}".rstrip() + f", got {value!r}")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Check that a setting is a number in [0, 1]."""
+    check_number(name, value, at_least=0, at_most=1)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Check that a setting is one of the named choices."""
+    if value not in (known := list(choices)):
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}")

@@ -1,0 +1,42 @@
+"""What every room does with maps: resize them, and run on the present classes only."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["gather_present", "present_classes", "resize", "scatter_present", "working_dtype"]
+
+
+def working_dtype(value: Tensor) -> torch.dtype:
+    """Float dtype to accumulate in: float32 for half precision, else the tensor's own."""
+    return torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B,C,h,w) maps to ``size`` (H,W), bilinear, ``align_corners=False``."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def present_classes(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the present classes of each image, padded to the largest count P of the batch.
+
+    Returns ``index`` (B,P) int64, ascending within an image, and ``valid`` (B,P) bool, False on the padding.
+    """
+    present = labels != 0
+    most = int(present.sum(1).max()) if present.numel() else 0
+    index = torch.argsort(present.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
+    return index, present.gather(1, index)
+
+
+def gather_present(maps: Tensor, index: Tensor) -> Tensor:
+    """Pick the class channels ``index`` (B,P) of (B,C,h,w) maps: (B,P,h,w)."""
+    return maps.gather(1, index[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+
+def scatter_present(values: Tensor, index: Tensor, valid: Tensor, num_channels: int) -> Tensor:
+    """Put (B,P,h,w) values back to their class channels among zeros: (B,C,h,w)."""
+    values = values.masked_fill(~valid[:, :, None, None], 0)
+    full = values.new_zeros(values.shape[0], num_channels, *values.shape[-2:])
+    return full.scatter(1, index[:, :, None, None].expand_as(values), values)

@@ -1,0 +1,57 @@
+"""Fixtures of the whole suite: golden files, devices, seeded random numbers."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Shared machines stall: a slow example is no failure, and a failure is found again from its printed blob.
+settings.register_profile(
+    "pseudolabel",
+    deadline=None,
+    max_examples=25,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("pseudolabel")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Load a golden file by name, such as ``pmm/public_cvs``, or skip."""
+    folder = Path(os.environ.get("PSEUDOLABEL_GOLDEN", ROOT.parent / "shared" / "golden"))
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        path = folder / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(
+                f"golden file {name}.npz is not at hand: set PSEUDOLABEL_GOLDEN to the folder that holds it"
+            )
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    return load
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
