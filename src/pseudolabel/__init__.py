@@ -2,12 +2,12 @@
 
 The rooms of the library load on first use:
 
-- :mod:`pseudolabel.cam`: from a classifier to class activation maps;
-- :mod:`pseudolabel.refine`: from maps to better maps;
-- :mod:`pseudolabel.masks`: from maps to label maps;
-- :mod:`pseudolabel.metrics`: from label maps and truth to figures;
-- :mod:`pseudolabel.recipes`: each paper's whole way, written with the parts;
-- :mod:`pseudolabel.io`: images, labels, masks and maps on disk.
+- `pseudolabel.cam`: from a classifier to class activation maps;
+- `pseudolabel.refine`: from maps to better maps;
+- `pseudolabel.masks`: from maps to label maps;
+- `pseudolabel.metrics`: from label maps and truth to figures;
+- `pseudolabel.recipes`: each paper's whole way, written with the parts;
+- `pseudolabel.io`: images, labels, masks and maps on disk.
 
 Example:
     >>> import torch

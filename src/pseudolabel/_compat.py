@@ -1,7 +1,7 @@
 """Deprecations: a name that was public once keeps working for one minor release, with a warning.
 
-Functions and classes take :func:`typing_extensions.deprecated`, which type checkers see as well; renamed keyword
-arguments take :func:`deprecate_parameter`.
+Functions and classes take `deprecated` (PEP 702), which type checkers see as well; renamed keyword
+arguments take `deprecate_parameter`.
 """
 
 import functools
@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["deprecate_parameter"]
+from typing_extensions import deprecated
+
+__all__ = ["deprecate_parameter", "deprecated"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

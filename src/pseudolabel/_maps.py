@@ -16,6 +16,8 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (B,C,h,w) maps to ``size`` (H,W), bilinear, ``align_corners=False``."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
+    if maps.shape[1] == 0:  # no class, which `interpolate` refuses
+        return maps.new_zeros(*maps.shape[:2], *size)
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 

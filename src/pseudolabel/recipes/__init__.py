@@ -1,0 +1,5 @@
+"""Each paper's whole way from maps to masks, written with the parts and the paper's defaults."""
+
+from pseudolabel.recipes.pmm import pmm
+
+__all__ = ["pmm"]

@@ -1,0 +1,44 @@
+"""Present classes gathered and scattered, and resizing."""
+
+import torch
+
+from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
+
+LABELS = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
+
+
+def test_present_classes_are_ascending_and_padded() -> None:
+    index, valid = present_classes(LABELS)
+    assert valid.tolist() == [[True, True], [False, False], [True, False]]
+    assert index[valid].tolist() == [1, 3, 0]
+    for labels in (LABELS.bool(), LABELS.float()):
+        assert torch.equal(present_classes(labels)[0], index)
+
+
+def test_nothing_present() -> None:
+    for labels in (torch.zeros(2, 3), torch.zeros(2, 0), torch.zeros(0, 3)):
+        index, valid = present_classes(labels)
+        assert index.shape == valid.shape == (len(labels), 0)
+        maps = torch.rand(*labels.shape, 4, 5)
+        gathered = gather_present(maps, index)
+        assert scatter_present(gathered, index, valid, labels.shape[1]).eq(0).all()
+
+
+def test_scatter_undoes_gather() -> None:
+    maps = torch.rand(3, 4, 2, 2)
+    index, valid = present_classes(LABELS)
+    back = scatter_present(gather_present(maps, index), index, valid, 4)
+    assert torch.equal(back, maps * LABELS[:, :, None, None])
+
+
+def test_resize() -> None:
+    maps = torch.rand(1, 2, 3, 4)
+    assert resize(maps, (3, 4)) is maps
+    assert resize(maps, (6, 5)).shape == (1, 2, 6, 5)
+    assert resize(maps[:, :0], (6, 5)).shape == (1, 0, 6, 5)
+
+
+def test_working_dtype() -> None:
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32)):
+        assert working_dtype(torch.zeros(1, dtype=dtype)) == expected
+    assert working_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
