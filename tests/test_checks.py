@@ -34,7 +34,7 @@ def test_what_is_no_tensor() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floats(dtype: torch.dtype) -> None:
     _checks.check_float(a=torch.zeros(1, dtype=dtype))
-    with pytest.raises(TypeError, match="a: expected an integer tensor, got a float16 tensor|got a .*float"):
+    with pytest.raises(TypeError, match=r"a: expected an integer tensor, got a b?float"):
         _checks.check_integer(a=torch.zeros(1, dtype=dtype))
 
 

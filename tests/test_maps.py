@@ -15,6 +15,13 @@ def test_present_classes_are_ascending_and_padded() -> None:
         assert torch.equal(present_classes(labels)[0], index)
 
 
+def test_many_classes_stay_in_order(generator: torch.Generator) -> None:
+    labels = torch.rand(50, 200, generator=generator) < 0.3
+    index, valid = present_classes(labels)
+    for row, kept, label in zip(index, valid, labels, strict=True):
+        assert torch.equal(row[kept], label.nonzero().flatten())
+
+
 def test_nothing_present() -> None:
     for labels in (torch.zeros(2, 3), torch.zeros(2, 0), torch.zeros(0, 3)):
         index, valid = present_classes(labels)

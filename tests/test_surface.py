@@ -82,8 +82,8 @@ def test_promised_names() -> None:
     """What the design promises of the rooms that exist."""
     promised = {
         "cam": "class_activation_map CAM normalize_cam make_views merge_views multi_scale_cam",
-        "refine": "coefficient_of_variation coefficient_of_variation_smoothing dense_crf DenseCRF CRF_PRESETS "
-        "CoefficientOfVariationSmoothing",
+        "refine": "coefficient_of_variation coefficient_of_variation_smoothing "
+        "CoefficientOfVariationSmoothing dense_crf DenseCRF CRF_PRESETS",
         "masks": "constant_background power_background scores_to_mask dual_threshold_mask "
         "proportional_pseudo_mask ProportionalPseudoMask choose_background",
         "metrics": "confusion_matrix iou_from_confusion PseudoLabelMetric background_sweep",

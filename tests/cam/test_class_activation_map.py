@@ -134,6 +134,27 @@ def test_squeeze_gates_are_not_taken_for_the_features() -> None:
     torch.testing.assert_close(CAM(model)(x), expected)
 
 
+def test_other_averages_are_not_taken_for_the_pooling() -> None:
+    class Busy(Functional):
+        def pool(self, x: torch.Tensor) -> torch.Tensor:
+            pooled = super().pool(x)
+            F.avg_pool2d(x + 1, 2)  # still smaller maps, no global pooling
+            (x + 1).mean(1)
+            return pooled
+
+    model = Busy(pool_first=True)
+    x = torch.rand(1, 3, 9, 9)
+    torch.testing.assert_close(CAM(model, bias=True)(x).mean((2, 3)), model(x))
+
+
+def test_as_many_classes_as_channels() -> None:
+    """The pooling of the class maps, after the classifier, looks like that of features."""
+    model = Functional(pool_first=False)
+    model.head = nn.Conv2d(8, 8, 1)
+    x = torch.rand(1, 3, 9, 9)
+    torch.testing.assert_close(CAM(model, bias=True)(x).mean((2, 3)), model(x))
+
+
 @pytest.mark.parametrize("target", ["2", 2], ids=["by name", "by module"])
 def test_told_the_layer(target: str | int) -> None:
     model = linear_head()

@@ -161,6 +161,17 @@ def test_negative_values_lose_to_the_background() -> None:
     assert proportional_argmax(cam, torch.ones(1, 1, 1, 2, dtype=torch.bool)).tolist() == [[[0, 1]]]
 
 
+def test_the_cut_itself_is_background() -> None:
+    half = lambda image, probs: torch.full_like(probs, 0.5)  # noqa: E731
+    assert not class_foreground(torch.zeros(1, 3, 1, 3), torch.ones(1, 1, 1, 3), crf=half).any()
+
+
+def test_a_class_without_response_and_no_offset() -> None:
+    cam = torch.tensor([[[[0.0, 0.0]], [[0.0, 0.9]]]])
+    foreground = torch.ones(1, 2, 1, 2, dtype=torch.bool)
+    assert proportional_argmax(cam, foreground, offset=0).tolist() == [[[0, 2]]]
+
+
 def test_no_background_is_legal() -> None:
     assert without_crf(torch.full((1, 1, 3, 3), 0.9)).eq(1).all()
 

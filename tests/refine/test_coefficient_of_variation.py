@@ -92,6 +92,7 @@ def test_exponent_stays_positive(scale: float, threshold: float) -> None:
     assert out.isfinite().all()
     assert out[cam == 0].eq(0).all()
     assert out.max() <= 1
+    assert (out[0, 0, 0][cam[0, 0, 0] >= threshold].diff() > 0).all(), "a negative exponent turns the order"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
