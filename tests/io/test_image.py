@@ -178,6 +178,17 @@ def test_exif_orientation(tmp_path, orientation, kind, mode):
     assert tuple(image.shape[1:]) == ((40, 30) if 5 <= orientation <= 8 else (30, 40))
 
 
+def test_png_with_its_orientation_behind_the_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(PHOTO), "PNG", exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    (tmp_path / "a.png").write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    assert image_size(tmp_path / "a.png") == (40, 30)
+    assert torch.equal(read_image(tmp_path / "a.png"), expected(np.rot90(PHOTO, -1)))
+
+
 def test_exif_orientation_of_16_bit(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -217,7 +228,7 @@ ENCODED = {
 @pytest.mark.parametrize("tolerant", [False, True])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_truncated_file_is_refused_or_whole(tmp_path, monkeypatch, kind, tolerant):
-    """At every length: an error, or, where only an end mark is missing, all pixels. Never a half-grey photo."""
+    """At every length: an error, or, where only an end mark is missing, all pixels. Never half-grey."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
     data, path = ENCODED[kind], tmp_path / "photo"
     path.write_bytes(data)

@@ -45,6 +45,7 @@ def check_table(labels):
         TABLE,
         TABLE.rstrip(),
         "\ufeff" + TABLE,
+        "\ufeff" + TABLE.replace("id", '"id"', 1),
         TABLE.replace("\n", "\r\n"),
         TABLE.replace("\n", "\n\n"),
         TABLE.replace(",", " , "),

@@ -61,6 +61,9 @@ def test_threshold_is_rounded_as_the_cam_is():
     truth = torch.ones(1, 1, 1, dtype=torch.int64)
     for thresholds in ([0.05], torch.tensor([0.05], dtype=torch.float64)):
         assert background_sweep(cam, truth, thresholds).tolist() == [[[0, 0], [1, 0]]]
+    # 0.7 in float32 lies below 0.7 in float64: thresholds must not pass through float32.
+    cam = torch.full((1, 1, 1, 1), 0.7, dtype=torch.float64)
+    assert background_sweep(cam, truth, [0.7]).tolist() == [[[0, 0], [1, 0]]]
 
 
 def test_by_hand():

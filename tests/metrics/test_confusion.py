@@ -102,10 +102,11 @@ def test_everything_ignored_or_empty(pred_ignore):
         assert iou_from_confusion(confusion, absent="nan").isnan().all()
 
 
-def test_many_classes():
-    labels = torch.arange(300).view(1, 20, 15)
-    confusion = confusion_matrix(labels, labels, 300, ignore_index=-1)
-    assert torch.equal(confusion, torch.eye(300, dtype=torch.int64))
+@pytest.mark.parametrize(("dtype", "num_classes"), [(torch.int64, 300), (torch.uint8, 250)])
+def test_many_classes(dtype, num_classes):
+    labels = torch.arange(num_classes, dtype=dtype).view(1, -1, 10)
+    confusion = confusion_matrix(labels, labels, num_classes, ignore_index=-1)
+    assert torch.equal(confusion, torch.eye(num_classes, dtype=torch.int64))
 
 
 @given(label_maps())

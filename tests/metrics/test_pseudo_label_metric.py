@@ -65,6 +65,8 @@ def test_conventions_are_passed_on_and_stated():
         result = metric.compute()
         assert list(result.as_dict()["iou"].values()) == iou
         assert (result.pred_ignore, result.absent, result.ignore_index) == (pred_ignore, absent, 255)
+        assert torch.equal(result.over.isnan(), result.iou.isnan())
+        assert torch.equal(result.under.isnan(), result.iou.isnan())
         counted = 2 if pred_ignore == "exclude" else 3
         assert result.pixel_accuracy == 1 / counted
 

@@ -46,6 +46,7 @@ CRF_PRESETS: Mapping[str, CRFSettings] = MappingProxyType(
 )
 
 _Filter = tuple[PermutohedralFilter, float]  # a kernel and its compatibility
+_CPU_BLOCK = 1 << 18  # numbers worked on at a time: they stay in the cache
 
 
 def dense_crf(
@@ -125,10 +126,12 @@ def dense_crf(
             from pseudolabel.refine._pydensecrf import mean_field as run  # noqa: PLC0415 - an extra
 
         together = 1 if image.device.type == "cpu" else len(image)
-        result = torch.empty_like(problems, memory_format=torch.contiguous_format)
+        result = torch.empty_like(problems, memory_format=torch.contiguous_format).flatten(1, 2).flatten(2)
         for start in range(0, len(image), together):
             part = slice(start, start + together)
-            result[part] = run(pixels[part], problems[part], gaussian, bilateral, iterations)
+            marginals = run(pixels[part], problems[part], gaussian, bilateral, iterations)
+            for maps, rows in zip(result[part], marginals, strict=True):
+                maps.copy_(rows.T)
         return result.view(probs.shape)
 
 
@@ -173,54 +176,64 @@ def _mean_field(
             *widths, compat = bilateral
             filters.append((_bilateral_filter(pixels, *widths), compat))
 
-    logits = probs.float().clamp(1e-5, 1).log_()  # -U
-    if labels == 2:
-        logits = logits[:, :, 1:] - logits[:, :, :1]
-    start = logits.flatten(3).permute(0, 3, 1, 2).reshape(-1, problems, logits.shape[2])
-    del logits
-    step = _two_labels if labels == 2 else _many_labels
-    final = step(start, filters, iterations if filters else 0)
-    return final.view(images, height * width, problems, labels).permute(0, 2, 3, 1).view(probs.shape)
+    # Pixels first, labels last: the lattice moves all labels of a pixel at once.
+    start = probs.new_empty(images, height * width, problems * labels, dtype=torch.float32)
+    for rows, maps in zip(start, probs.flatten(1, 2).flatten(2), strict=True):
+        rows.copy_(maps.T)
+    start = start.clamp_(1e-5, 1).log_().view(-1, problems, labels)  # -U
+    iterate = _two_labels if labels == 2 else _many_labels
+    return iterate(start, filters, iterations if filters else 0).view(images, height * width, -1)
 
 
 def _two_labels(start: Tensor, filters: list[_Filter], iterations: int) -> Tensor:
-    """Mean field on the difference of two logits, (n,P,1): one channel a problem, and no softmax.
+    """Mean field on the difference of two logits: one channel a problem, and no softmax.
 
     The kernels are linear, so their messages differ by `K'(Q_1 - Q_0)`, and `Q_1 - Q_0 = 2 sigmoid(x) - 1`.
     """
-    start = start.squeeze(2)
-    x = start
-    for _ in range(iterations):
-        x = _add_messages(start, filters, x.sigmoid().mul_(2).sub_(1))
-    return torch.stack([(-x).sigmoid_(), x.sigmoid()], 2)
+    difference = start[..., 1] - start[..., 0]
+    x = _iterate(difference, filters, iterations, lambda x: x.sigmoid_().mul_(2).sub_(1))
+    return torch.stack([-x, x], 2).sigmoid_()
 
 
 def _many_labels(start: Tensor, filters: list[_Filter], iterations: int) -> Tensor:
-    """Mean field on logits (n,P,L)."""
+    """Mean field on the logits of all labels."""
     # A normalised kernel answers Q in [0, 1] by about 1 at most: exp() is safe without a row maximum.
     bounded = sum(compat for _, compat in filters) <= 40
-    flat = start.flatten(1)
-    probs = _softmax(start.clone(), bounded)
-    for _ in range(iterations):
-        logits = _add_messages(flat, filters, probs.flatten(1))
-        probs = _softmax(logits.view(start.shape), bounded)
-    return probs
+    labels = start.shape[2]
+    logits = _iterate(start.flatten(1), filters, iterations, lambda x: _softmax_(x, labels, bounded))
+    return _softmax_(logits, labels, bounded)
 
 
-def _add_messages(logits: Tensor, filters: list[_Filter], probs: Tensor) -> Tensor:
-    total = logits
-    for index, (kernel, compat) in enumerate(filters):
-        message = kernel(probs)
-        total = message.mul_(compat).add_(total) if index == 0 else total.add_(message, alpha=compat)
-    return total
+def _iterate(
+    start: Tensor, filters: list[_Filter], iterations: int, activate: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Repeat `x <- start + sum_m compat_m K'_m activate(x)` on (n,C) and return the last x."""
+    x = start.clone()
+    n, channels = x.shape
+    block = max(1, _CPU_BLOCK // channels) if x.device.type == "cpu" else n
+    if iterations > 0:
+        activate(x)
+    for iteration in range(iterations):
+        lattices = [kernel.splat_and_blur(x) for kernel, _ in filters]
+        # Block by block, so that what is gathered from the lattice is finished while it is in the cache.
+        for begin in range(0, n, block):
+            end = min(begin + block, n)
+            rows = x[begin:end].copy_(start[begin:end])
+            for (kernel, compat), lattice in zip(filters, lattices, strict=True):
+                rows.add_(kernel.slice(lattice, begin, end), alpha=compat)
+            if iteration < iterations - 1:
+                activate(rows)
+    return x
 
 
-def _softmax(logits: Tensor, bounded: bool) -> Tensor:
-    """Softmax over the last axis, in place: `torch.softmax` is several times slower over a short one."""
+def _softmax_(logits: Tensor, labels: int, bounded: bool) -> Tensor:
+    """Softmax over groups of labels, in place: `torch.softmax` is several times slower on short rows."""
+    rows = logits.view(-1, labels)
     if not bounded:
-        logits -= logits.amax(-1, keepdim=True)
-    total = logits.exp_() @ logits.new_ones(logits.shape[-1], 1)
-    return logits.mul_(total.reciprocal_())
+        rows -= rows.amax(1, keepdim=True)
+    total = rows.exp_() @ rows.new_ones(labels, 1)
+    rows *= total.reciprocal_()
+    return logits
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,257 @@
+"""The command line: `pseudolabel demo | generate | evaluate | view`.
+
+Exit codes: 0 all done; 1 done but for the images that were reported; 2 nothing (more) could be done: wrong
+usage, a file that is not what it should be, a folder that cannot be written; 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TypeAlias
+
+__all__ = ["main"]
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - has no other name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: Arguments without the program's name, `sys.argv[1:]` by default.
+
+    Returns:
+        0 all done, 1 some images skipped or missing, 2 usage and files, 130 interrupted.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    try:
+        # A command is imported when it runs: `--help` needs no torch.
+        return int(import_module(f"pseudolabel.cli.{args.command}").run(args))
+    except KeyboardInterrupt:
+        print("pseudolabel: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:  # UserError, and what the library says about files and settings
+        if args.debug:
+            raise
+        print(f"pseudolabel {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pseudolabel",
+        description="From image-level labels to pixel masks.",
+        epilog="Exit codes: 0 all done, 1 done but for the images reported, 2 wrong usage or files, "
+        "130 interrupted.",
+    )
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_generate, _add_evaluate, _add_view):
+        # After the command as well; suppressed where absent, so that it does not undo the one above.
+        add(commands).add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+    return parser
+
+
+class _PrintVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from pseudolabel import __version__  # noqa: PLC0415
+
+        print(f"pseudolabel {__version__}")
+        parser.exit()
+
+
+def _add_demo(commands: _Commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "demo",
+        help="the whole way on drawn scenes, nothing to download",
+        description="Draw scenes, train a small classifier on their image-level labels, make masks, score "
+        "each stage. Photos, labels, masks, truth, the classifier and a picture of panels are left in OUT.",
+    )
+    parser.add_argument("--out", default="demo", metavar="DIR", help="folder to write to (default: demo)")
+    parser.add_argument(
+        "--images", type=_count, default=500, metavar="N", help="scenes to draw (default: 500)"
+    )
+    parser.add_argument("--epochs", type=_count, default=30, metavar="N", help="of training (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes and of the training (default: 0)")
+    return parser
+
+
+def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "generate",
+        help="masks for a folder of photos with image-level labels",
+        description="Make a mask NAME.png for each photo: maps of the classifier at several scales, "
+        "restricted to the photo's labels, then the method. Run again, it goes on where it stopped: masks "
+        "that are there, whole and in keeping with photo and labels are left alone. A photo that cannot be "
+        "read or computed is reported and skipped, and the exit code is 1.",
+    )
+    add = parser.add_argument
+    add("images", metavar="IMAGES", help="folder of photos")
+    add(
+        "--labels",
+        required=True,
+        metavar="FILE",
+        help="image-level labels: .csv (id, then a 0/1 column a class) "
+        "or .npy (cls_labels.npy, with --allow-pickle)",
+    )
+    add(
+        "--model",
+        required=True,
+        metavar="MODULE:FUNCTION",
+        help="callable without arguments that returns the "
+        "classifier as an nn.Module; the current folder is searched as well",
+    )
+    add(
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help="its state dict: .pt or .pth (read with weights_only) or .npz; every name must fit",
+    )
+    add("--list", metavar="FILE", help="make the masks of the images of this list only")
+    add("--out", required=True, metavar="DIR", help="folder of the masks")
+    add(
+        "--method",
+        choices=("cam", "pmm"),
+        default="pmm",
+        help="pmm: coefficient-of-variation smoothing and "
+        "proportional masks; cam: the maps against a constant background (default: pmm)",
+    )
+    add(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="pmm: exponent of the background; larger gives more foreground "
+        "(default: 11; broad maps want 2 to 4)",
+    )
+    add("--background", type=float, metavar="T", help="cam: score of the background (default: 0.15)")
+    add(
+        "--crf",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="refine with a dense CRF (default: pmm does, cam does not)",
+    )
+    add(
+        "--layer",
+        metavar="NAME",
+        help="module whose output are the features (default: what is pooled before the classifier)",
+    )
+    add("--classifier", metavar="NAME", help="module of the classifier (default: the last linear one)")
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0, 1.5, 2.0],
+        metavar="S",
+        help="scales at which the photo is seen (default: 0.5 1 1.5 2)",
+    )
+    add("--no-flip", dest="flip", action="store_false", help="do not look at the mirrored photo as well")
+    add(
+        "--mean",
+        type=float,
+        nargs=3,
+        default=[0.485, 0.456, 0.406],
+        metavar=("R", "G", "B"),
+        help="the network "
+        "sees (image - mean) / std of an image in [0, 1] (default: ImageNet's, 0.485 0.456 0.406)",
+    )
+    add(
+        "--std",
+        type=float,
+        nargs=3,
+        default=[0.229, 0.224, 0.225],
+        metavar=("R", "G", "B"),
+        help="(default: ImageNet's, 0.229 0.224 0.225)",
+    )
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    add(
+        "--workers",
+        "--num-threads",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="photos in work at a time, each on a thread of its own (default: 2)",
+    )
+    add("--save-cams", metavar="DIR", help="keep the maps as well, scaled to [0, 1], as NAME.npz")
+    add("--overwrite", action="store_true", help="make all masks anew")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="read --labels from a .npy file, through an unpickler that admits arrays alone",
+    )
+    return parser
+
+
+def _add_evaluate(commands: _Commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score masks against truth",
+        description="IoU, over- and under-segmentation of each class over the whole set. Masks and truth are "
+        "PNGs of class indices (0 background, 255 ignore) that go by the same name. Where one of the two is "
+        "missing, the others are scored, it is reported, and the exit code is 1.",
+    )
+    add = parser.add_argument
+    add("masks", metavar="MASKS", help="folder of masks")
+    add("truth", metavar="TRUTH", help="folder of ground-truth masks")
+    add("--list", metavar="FILE", help="score the images of this list only")
+    add("--classes", metavar="FILE", help="names of the classes, one a line, background first")
+    add(
+        "--num-classes",
+        type=_count,
+        metavar="N",
+        help="number of classes with background (default: from --classes, or else the largest index found)",
+    )
+    add(
+        "--pred-ignore",
+        choices=("error", "background", "exclude", "wrong"),
+        default="error",
+        help="what 255 in a mask means where the truth is labelled (default: error)",
+    )
+    add(
+        "--absent",
+        choices=("skip", "nan"),
+        default="skip",
+        help="mIoU leaves out classes without a true pixel "
+        "(skip), or only those without a predicted one either (nan) (default: skip)",
+    )
+    add("--json", action="store_true", help="print the figures as JSON")
+    add("--workers", type=_count, default=2, metavar="N", help="files read at a time (default: 2)")
+    return parser
+
+
+def _add_view(commands: _Commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "view",
+        help="a picture of photos and their masks",
+        description="Draw photo, maps, mask and truth side by side, a row an image, into one PNG.",
+    )
+    add = parser.add_argument
+    add("images", metavar="IMAGES", help="folder of photos")
+    add("masks", metavar="MASKS", help="folder of masks")
+    add("--out", required=True, metavar="FILE.png", help="the picture")
+    add("--truth", metavar="DIR", help="folder of ground-truth masks")
+    add("--cams", metavar="DIR", help="folder of maps (generate --save-cams)")
+    add(
+        "--classes", metavar="FILE", help="names of the classes, one a line, background first, for the legend"
+    )
+    add("--limit", type=_count, default=8, metavar="N", help="number of rows (default: 8)")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {number}")
+    return number

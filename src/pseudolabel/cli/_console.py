@@ -1,0 +1,129 @@
+"""What the commands share: messages, progress bars, threads, and small files of text."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from pseudolabel.io import read_list
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "UserError",
+    "find_masks",
+    "in_threads",
+    "progress",
+    "read_class_names",
+    "read_names",
+    "report",
+    "report_names",
+    "stderr",
+]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class UserError(ValueError):
+    """Something that the user can put right; shown as one line without a traceback."""
+
+
+@cache
+def stderr() -> "Console":
+    """The console of messages and progress bars; results alone go to stdout."""
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(stderr=True)
+
+
+def report(message: str) -> None:
+    """Print one line to stderr, above a progress bar where one runs."""
+    stderr().print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+
+
+def report_names(names: Sequence[str], what: str) -> None:
+    """Say how many images there are of a kind, and the first of them; nothing where there is none."""
+    if names:
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        report(f"{len(names)} {what}: {listed}")
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar inside the block; calling what it gives means one step done."""
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<28}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr()) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+def in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], *, workers: int, description: str
+) -> list[Result]:
+    """Results of `work` in the order of the items, several at a time, under a progress bar.
+
+    Each worker computes with one torch thread: images side by side use the cores better than the small
+    regions of one image do. The first exception stops the rest and is raised. The caller's thread setting is
+    put back.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = [pool.submit(work, item) for item in items]
+        with progress(description, len(futures)) as step:
+            for future in as_completed(futures):
+                future.result()
+                step()
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def find_masks(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Masks of a folder by name: its PNG files but for hidden ones."""
+    paths = sorted(Path(folder).iterdir())
+    return {
+        path.stem: path
+        for path in paths
+        if path.suffix.lower() == ".png" and not path.name.startswith(".") and path.is_file()
+    }
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """Image ids of a list file."""
+    return [entry.name for entry in read_list(path)]
+
+
+def read_class_names(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the classes, one a line, background first."""
+    try:
+        names = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{os.fspath(path)}: not a UTF-8 text file") from error
+    names = [name.strip() for name in names if name.strip()]
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"{os.fspath(path)}: expected different names, one a line, background first")
+    return names

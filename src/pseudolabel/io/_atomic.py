@@ -1,0 +1,37 @@
+"""Writing of files that are either wholly there or not there at all."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+__all__ = ["write_atomically"]
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file such that its name always stands for complete content, the old or the new.
+
+    The bytes go to a hidden file of the same folder, are flushed to the disk, and take the name last. A full
+    disk leaves the old file as it was and nothing beside it. A process that is killed half-way leaves the old
+    file as well, and may leave the hidden one (`.<random>.tmp`), which nothing in this library reads.
+
+    Raises:
+        OSError: If the folder is missing or not writable, the disk is full, or the name is a folder's. It
+            names `path`.
+    """
+    target = Path(os.path.realpath(path))  # a link keeps pointing to the file that is replaced
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:  # its own file name is the hidden one, which tells nobody anything
+        reason = f"{error.strerror or error} (not written; an older file of this name is as it was)"
+        raise OSError(error.errno, reason, os.fspath(path)) from error

@@ -1,0 +1,274 @@
+"""The documentation is code: its Python blocks run, its tables and commands are checked against the library."""
+
+import importlib.util
+import io
+import re
+import shlex
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pseudolabel as pl
+from pseudolabel.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FENCE = re.compile(
+    r"(?:<!-- not run: (?P<why>.+?) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+# Blocks of a page that do not run, each marked there by the reason. Every other block does.
+NOT_RUN: dict[str, int] = {}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, *languages: str) -> list[re.Match[str]]:
+    return [match for match in FENCE.finditer(path.read_text()) if match["language"] in languages]
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+def test_pages_have_code() -> None:
+    """What the finder of blocks would miss silently: pages, fences of other spellings, marks that are not counted."""
+    assert {"README.md", "docs/index.md", "docs/conventions.md", "docs/masks.md"} <= set(
+        map(name, WITH_PYTHON)
+    )
+    for page in TEXTS:
+        text = page.read_text()
+        assert text.count("\n```") + text.startswith("```") == 2 * len(blocks(page, "python", "bash")) + (
+            2 * len(re.findall(r"^```\n.*?^```$", text, re.MULTILINE | re.DOTALL)) if name(page) == "docs/index.md" else 0
+        ), f"{name(page)}: a fence is neither ```python nor ```bash"
+    marked = {name(page): sum(block["why"] is not None for block in blocks(page, "python")) for page in PAGES}
+    assert {page: count for page, count in marked.items() if count} == NOT_RUN
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run in order in one namespace; `print(...)  # text` prints that text."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in blocks(page, "python"):
+            if block["why"]:
+                continue
+            line = page.read_text().count("\n", 0, block.start("code"))
+            code = "\n" * line + block["code"]  # tracebacks name the page's own line
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                exec(compile(code, str(page), "exec"), namespace)
+            claims = re.findall(r"^ *print\(.*\)  # (.+)$", block["code"], re.MULTILINE)
+            if claims:
+                assert printed.getvalue().splitlines() == claims
+
+
+def test_readme_example_is_short() -> None:
+    (example,) = blocks(ROOT / "README.md", "python")
+    lines = [
+        line
+        for line in example["code"].splitlines()
+        if line.strip() and not line.startswith(("import", "from"))
+    ]
+    assert len(lines) <= 15
+
+
+def test_metrics_page_tells_the_figures() -> None:
+    """The page names the figures of its loop in prose."""
+    mask, truth = torch.tensor([[[0, 1, 255, 255]]]), torch.tensor([[[0, 1, 1, 0]]])
+    found = []
+    for meaning in ("background", "exclude", "wrong"):
+        confusion = pl.metrics.confusion_matrix(mask, truth, num_classes=2, pred_ignore=meaning)
+        found.append(round(pl.metrics.iou_from_confusion(confusion).nanmean().item(), 3))
+    assert f"prints {found[0]}, {found[1]} and {found[2]}." in (ROOT / "docs/metrics.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------ precision
+
+
+def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """For each row of the table of docs/precision.md a call and its input."""
+    image, labels = torch.rand(2, 3, 8, 12), torch.tensor([[1, 0, 1], [0, 1, 0]])
+    cam, scores, truth = torch.rand(2, 3, 8, 12), torch.rand(2, 4, 8, 12), torch.randint(0, 4, (2, 8, 12))
+    counts = torch.randint(0, 9, (4, 4))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    cam_room, refine, masks, metrics = pl.cam, pl.refine, pl.masks, pl.metrics
+    return {
+        "cam.class_activation_map": (
+            lambda x: cam_room.class_activation_map(x, torch.ones(5, 3, dtype=x.dtype)),
+            cam,
+        ),
+        "cam.CAM": (lambda x: cam_room.CAM(network.to(x.dtype))(x), image),
+        "cam.normalize_cam": (cam_room.normalize_cam, cam),
+        "cam.make_views": (lambda x: torch.cat([view.flatten() for view in cam_room.make_views(x)]), image),
+        "cam.merge_views": (lambda x: cam_room.merge_views([x, x], (16, 24)), cam),
+        "cam.multi_scale_cam": (lambda x: cam_room.multi_scale_cam(lambda view: view, x), image),
+        "refine.coefficient_of_variation": (refine.coefficient_of_variation, cam),
+        "refine.coefficient_of_variation_smoothing": (refine.coefficient_of_variation_smoothing, cam),
+        "refine.dense_crf": (lambda x: refine.dense_crf(image.to(x.dtype), x), scores),
+        "refine.probs_from_mask": (lambda x: refine.probs_from_mask(x, 4), truth),
+        "masks.constant_background": (lambda x: masks.constant_background(x, 0.2), cam),
+        "masks.power_background": (lambda x: masks.power_background(x, 4), cam),
+        "masks.scores_to_mask": (masks.scores_to_mask, scores),
+        "masks.dual_threshold_mask": (masks.dual_threshold_mask, cam),
+        "masks.class_foreground": (lambda x: masks.class_foreground(image, x, crf=None), cam),
+        "masks.proportional_argmax": (lambda x: masks.proportional_argmax(x, x > 0.3), cam),
+        "masks.proportional_pseudo_mask": (
+            lambda x: masks.proportional_pseudo_mask(image, x, labels, crf=None),
+            cam,
+        ),
+        "metrics.confusion_matrix": (lambda x: metrics.confusion_matrix(x, truth, 4), truth),
+        "metrics.background_sweep": (lambda x: metrics.background_sweep(x, truth, [0.1, 0.2]), cam),
+        "metrics.boundary_counts": (lambda x: metrics.boundary_counts(x, truth, 4), truth),
+        "metrics.iou_from_confusion": (metrics.iou_from_confusion, counts),
+        "metrics.over_under_segmentation": (lambda x: metrics.over_under_segmentation(x)[0], counts),
+        "metrics.boundary_f_from_counts": (metrics.boundary_f_from_counts, counts),
+        "recipes.pmm": (lambda x: pl.recipes.pmm(image, x, labels, crf=None), cam),
+    }
+
+
+ROWS = {
+    row[0].strip("`"): row[1:]
+    for row in re.findall(
+        r"^\| (`\w+\.\w+`) \| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / "docs/precision.md").read_text(), re.MULTILINE
+    )
+}
+FLOATS = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def test_precision_table_is_complete() -> None:
+    functions = {
+        f"{room}.{name}"
+        for room in ("cam", "refine", "masks", "metrics", "recipes")
+        for name in getattr(pl, room).__all__
+        if callable(value := getattr(getattr(pl, room), name)) and type(value).__name__ == "function"
+    }
+    assert set(ROWS) == set(cases()) == functions | {"cam.CAM"}
+
+
+@pytest.mark.parametrize("function", ROWS)
+def test_precision_table(function: str) -> None:
+    """Each cell of the table says what happens, "no" included."""
+    out, gradient, one_graph = ROWS[function]
+    call, value = cases()[function]
+    if "from integers" in out:
+        assert f"{str(call(value).dtype).removeprefix('torch.')}, from integers" == out
+    else:
+        found = []
+        for dtype in FLOATS.values():
+            try:
+                found.append(str(call(value.to(dtype)).dtype).removeprefix("torch."))
+            except NotImplementedError:
+                found.append("")
+        same = found == list(FLOATS)
+        told = "same" if same else found[0] if len(set(found)) == 1 else " / ".join(found)
+        told = ", ".join(filter(None, found)) + " only" if "" in found else told
+        assert told == out
+        assert gradient == ("yes" if call(value.clone().requires_grad_()).requires_grad else "no")
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    try:
+        assert torch.equal(compiled(value), call(value))
+        compiles = "yes"
+    except torch._dynamo.exc.TorchDynamoException:
+        compiles = "no"
+    assert compiles == one_graph
+
+
+# ------------------------------------------------------------------------------------------ commands, links, files
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    lines = [
+        (name(page), shlex.split(line, comments=True))
+        for page in TEXTS
+        for block in blocks(page, "bash")
+        for line in block["code"].replace("\\\n", " ").splitlines()
+    ]
+    return [(page, words) for page, words in lines if words]
+
+
+def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of `pseudolabel` are in its help, targets of make in the Makefile, scripts in the tree."""
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    seen = set()
+    for page, words in commands():
+        program, *rest = words
+        seen.add(program)
+        if program == "pseudolabel":
+            assert main([rest[0], "--help"]) == 0
+            known = capsys.readouterr().out
+            for word in rest[1:]:
+                assert not word.startswith("--") or re.search(rf"{word}\b", known), (
+                    f"{page}: {' '.join(words)}"
+                )
+        elif program == "make":
+            assert rest[0] in targets, f"{page}: {' '.join(words)}"
+        elif program in {"python", ".ci/run"}:
+            script = rest[0] if program == "python" else program
+            assert (ROOT / script).is_file(), f"{page}: {' '.join(words)}"
+        else:
+            assert program == "pip", f"{page}: {' '.join(words)}"
+    assert {"pseudolabel", "make", "python", "pip"} <= seen
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert "://" in target or (page.parent / target).is_file(), f"{name(page)}: {target}"
+
+
+def test_nothing_names_this_machine() -> None:
+    for path in [*TEXTS, ROOT / "mkdocs.yml", ROOT / "CITATION.cff", *(ROOT / "examples").glob("*.py")]:
+        assert not re.search(r"(?<![\w.])/(work|root|tmp|home)/", path.read_text()), name(path)
+
+
+def test_gallery_pictures() -> None:
+    """Each picture of the script is shown, and they are small."""
+    script = (ROOT / "docs/gallery/make_gallery.py").read_text()
+    made = set(re.findall(r'^    "(\w+)": \w+,$', script, re.MULTILINE))
+    shown = set(re.findall(r"!\[.+\]\((\w+)\.png\)", (ROOT / "docs/gallery/index.md").read_text()))
+    sizes = {path.stem: path.stat().st_size for path in (ROOT / "docs/gallery").glob("*.png")}
+    assert made == shown == set(sizes)
+    assert max(sizes.values()) < 150 * 1024
+    assert sum(sizes.values()) < 1024 * 1024
+
+
+def test_versions_agree() -> None:
+    assert f"\nversion: {pl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {pl.__version__} - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------ examples
+
+
+def test_custom_loop() -> None:
+    assert load(ROOT / "examples/custom_loop.py").main(["--steps", "40", "--images", "32"]) > 0.4
+
+
+def test_swap_generator() -> None:
+    example = load(ROOT / "examples/swap_generator.py")
+    masks = example.main(height=48)
+    assert masks.keys() == example.GENERATORS.keys()
+    assert all(mask.shape == (1, 48, 72) and mask.dtype == torch.int64 for mask in masks.values())
+    assert 255 in masks["double threshold"]
+    assert not torch.equal(masks["my own"], masks["proportional, no CRF"])
