@@ -2,8 +2,8 @@
 
     python examples/custom_loop.py            # some seconds on a CPU
 
-Everything but the four marked lines is an ordinary PyTorch training loop; put your data and networks in their place.
-The scenes are drawn: a coloured disc, a square, or both, on noise. Their masks are used for the last line alone.
+All but the four marked lines is an ordinary PyTorch training loop; put your data and networks in their place.
+The scenes are drawn: a coloured disc, a square, or both, on noise. Their true masks serve the scores alone.
 """
 
 import argparse

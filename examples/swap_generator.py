@@ -2,8 +2,8 @@
 
     python examples/swap_generator.py
 
-The photo comes with scikit-image; the maps of its two classes are drawn, so nothing has to be trained. What is printed is how
-many pixels each generator gives to each class, and how far it agrees with the first one.
+The photo comes with scikit-image; the maps of its two classes are drawn, so nothing is trained. Printed
+is the share of the pixels that each generator gives to each class, and how far it agrees with the first one.
 """
 
 from collections.abc import Callable
@@ -41,13 +41,16 @@ def my_own(image: Tensor, cam: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG00
     return pl.masks.scores_to_mask(pl.masks.constant_background(cam, 0.5))
 
 
+def double_threshold(image: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
+    """Agreement of a strict and a loose background; the rest is ignored."""
+    return pl.masks.dual_threshold_mask(cam * labels[:, :, None, None], image, high=0.4, low=0.1)
+
+
 GENERATORS: dict[str, Generator] = {
     "proportional, alpha 4": pl.masks.ProportionalPseudoMask(alpha=4),
     "proportional, no CRF": pl.masks.ProportionalPseudoMask(alpha=4, crf=None),
     "pmm, published alpha 11": pl.recipes.pmm,
-    "double threshold": lambda image, cam, labels: pl.masks.dual_threshold_mask(
-        cam, image, high=0.4, low=0.1
-    ),
+    "double threshold": double_threshold,
     "my own": my_own,
 }
 

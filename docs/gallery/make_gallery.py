@@ -1,7 +1,7 @@
 """Draw the pictures of the gallery page: `python docs/gallery/make_gallery.py [FOLDER]`.
 
-The photos come with scikit-image. The class activation maps are drawn by hand, with seeded noise, at the coarse
-resolution of a network: what a classifier might give, so that no weights are needed. All else is the library.
+The photos come with scikit-image. The class activation maps are drawn by hand, with seeded noise, at the
+coarse resolution of a network: what a classifier might give, without any weights. All else is the library.
 """
 
 import io

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +81,16 @@ def test_scales_flip_mean_and_std_reach_the_network(data):
 
 def test_any_number_of_workers_gives_the_same_files(data):
     threads = torch.get_num_threads()
-    for workers in ("1", "4"):
-        assert main(data.generate("--workers", workers, "--crf", out=data.root / workers)) == 0
+    torch.set_num_threads(threads + 1)
+    try:
+        for workers in ("1", "4"):
+            assert main(data.generate("--workers", workers, "--crf", out=data.root / workers)) == 0
+            # As the caller had it, in threads that start later, too.
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
     assert made(data.root / "1") == made(data.root / "4")
-    assert torch.get_num_threads() == threads
 
 
 def test_goes_on_where_it_stopped(data, capsys):
@@ -127,6 +134,29 @@ def test_masks_of_other_settings_are_not_mixed(data, capsys):
     assert "pseudolabel.json" in capsys.readouterr().err
     assert main(data.generate("--alpha", "3", "--overwrite")) == 0
     assert json.loads((data.out / "pseudolabel.json").read_text())["settings"]["alpha"] == 3
+
+
+def test_what_an_interrupted_overwrite_leaves_is_not_taken_for_its_own(data, capsys, monkeypatch):
+    assert main(data.generate("--alpha", "3", out=data.root / "wanted")) == 0
+    assert main(data.generate()) == 0
+    write, written = io.write_mask, []
+
+    def interrupted(path, mask):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, mask)
+
+    monkeypatch.setattr(io, "write_mask", interrupted)
+    assert main(data.generate("--alpha", "3", "--overwrite", "--workers", "1")) == 130
+    monkeypatch.setattr(io, "write_mask", write)
+    assert main(data.generate("--alpha", "3")) == 0
+    assert made(data.out) == made(data.root / "wanted")
+    # Masks that the run would not make again are neither mixed nor lost.
+    (data.root / "list.txt").write_text("photo3\n")
+    assert main(data.generate("--overwrite", "--list", str(data.root / "list.txt"))) == 2
+    assert "holds 4 masks of other settings" in capsys.readouterr().err
+    assert made(data.out) == made(data.root / "wanted")
 
 
 # Photos of all kinds

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pseudolabel.cli import _scenes
 from pseudolabel.cli._scenes import CLASSES, draw_scenes
 
 
@@ -35,12 +36,33 @@ def test_classes_are_imbalanced_and_two_co_occur(scenes):
     assert leaf[beetle == 1].mean() > 1.5 * leaf[beetle == 0].mean()
 
 
-def test_every_class_is_a_solid_object(scenes):
+@pytest.mark.parametrize(
+    ("shape", "inside", "outside"),
+    [
+        (_scenes._fish, [(0, 0), (-0.9, 0.2), (0.9, 0)], [(-0.5, 0.4), (-1.1, 0), (0.3, 0.6)]),
+        (_scenes._beetle, [(0, 0), (0.9, 0), (0, -0.6)], [(0, 0.8), (0.8, 0.6)]),
+        (_scenes._star, [(0, 0), (0.9, 0), (-0.4, 0)], [(-0.7, 0), (0.8, 0.3)]),
+        (_scenes._leaf, [(0, 0), (0.9, 0), (0, 0.5)], [(0, 0.6), (0.9, 0.3)]),
+        (_scenes._ring, [(0.7, 0), (0, -0.7), (-0.9, 0)], [(0, 0), (1, 0), (0.3, 0.1)]),
+        (_scenes._house, [(0, 0), (0.6, 0.8), (0, -0.9)], [(0.6, -0.5), (0, -1.05), (0.8, 0.5)]),
+    ],
+)
+def test_shapes_at_points(shape, inside, outside):
+    body, mark, pattern = shape(*torch.tensor(inside + outside).float().T)
+    assert (body[: len(inside)] < 0).all()
+    assert (body[len(inside) :] > 0).all()
+    assert ((pattern >= 0) & (pattern <= 1)).all()
+    u, v = torch.linspace(-1.2, 1.2, 200).expand(200, 200), torch.linspace(-1.2, 1.2, 200)[:, None]
+    body, mark, _ = shape(u, v.expand(200, 200))
+    assert 0.05 < ((mark < 0) & (body < 0)).sum() / (body < 0).sum() < 0.5  # the mark is the smaller part
+
+
+def test_a_mask_covers_the_body_not_the_mark_alone(scenes):
     _, masks, labels = scenes
+    alone = labels.sum(1) == 1
     for index in range(len(CLASSES) - 1):
-        alone = labels[:, index] & (labels.sum(1) == 1)
-        covered = (masks[alone] == index + 1).double().mean()
-        assert 0.02 < covered < 0.4
+        covered = (masks[alone & labels[:, index]] == index + 1).double().mean()
+        assert 0.04 < covered < 0.3, CLASSES[index + 1]
 
 
 def test_seeded_and_without_a_trace_in_the_global_generator():

@@ -74,7 +74,7 @@ def test_link_stays_a_link(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "name"), WRITERS)
-@pytest.mark.parametrize("failing", ["replace", "fsync"])
+@pytest.mark.parametrize("failing", ["open", "fsync", "replace"])
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, kind, name, failing):
     path = tmp_path / name
     path.write_bytes(b"old")
@@ -82,9 +82,10 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, kind, name, failing
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "hidden name")
 
-    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), fail)
+    monkeypatch.setattr(os if failing == "fsync" else Path, failing, fail)
     with pytest.raises(OSError, match=f"No space left on device .*{name}") as caught:
         write_by(kind, path)
+    monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC
     assert "hidden" not in str(caught.value)
     assert path.read_bytes() == b"old"

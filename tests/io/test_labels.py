@@ -45,7 +45,7 @@ def check_table(labels):
         TABLE,
         TABLE.rstrip(),
         "\ufeff" + TABLE,
-        "\ufeff" + TABLE.replace("id", '"id"', 1),
+        "\ufeff" + TABLE.replace("id", '"id, VOC"', 1),
         TABLE.replace("\n", "\r\n"),
         TABLE.replace("\n", "\n\n"),
         TABLE.replace(",", " , "),
@@ -114,10 +114,9 @@ def test_missing_file(tmp_path):
         read_labels(tmp_path / "labels.csv")
 
 
-# Anything a file name or class name may hold, but white space around it and half characters.
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
-    lambda name: name == name.strip()
-)
+# Anything a file name or class name may hold, but line breaks, white space around it and half characters.
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")
+NAMES = st.text(LETTERS, min_size=1, max_size=8).filter(lambda name: name == name.strip())
 
 
 @given(
@@ -166,7 +165,9 @@ def test_look_up():
         (("a",), ("cat", "cat"), torch.ones(1, 2), "classes: 'cat' comes twice"),
         ((), ("cat",), torch.ones(0, 1), "names: expected at least one name"),
         (("a",), (), torch.ones(1, 0), "classes: expected at least one name"),
-        ((" a",), ("cat",), torch.ones(1, 1), "names: expected names without white space"),
+        ((" a",), ("cat",), torch.ones(1, 1), "names: expected names in one line, without white space"),
+        (("a\rb",), ("cat",), torch.ones(1, 1), "names: expected names in one line"),
+        (("a",), ("c\nd",), torch.ones(1, 1), "classes: expected names in one line"),
         ((1,), ("cat",), torch.ones(1, 1), "names: expected names"),
     ],
 )

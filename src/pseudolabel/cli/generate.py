@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     out, cams = Path(args.out), Path(args.save_cams) if args.save_cams else None
     for folder in filter(None, (out, cams)):
         folder.mkdir(parents=True, exist_ok=True)
-    _keep_settings(out, _settings(args, options), anew=args.overwrite)
+    _keep_settings(out, _settings(args, options), names, anew=args.overwrite)
 
     @torch.no_grad()
     def compute(name: str) -> tuple[Tensor, Tensor]:
@@ -270,25 +270,36 @@ def _settings(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, An
     }
 
 
-def _keep_settings(out: Path, settings: dict[str, Any], *, anew: bool) -> None:
+def _keep_settings(out: Path, settings: dict[str, Any], names: Sequence[str], *, anew: bool) -> None:
     """Write down how a folder's masks are made, and refuse to mix them with masks made in another way."""
-    path = out / SETTINGS
-    if path.exists() and not anew and find_masks(out):
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    path, there = out / SETTINGS, find_masks(out)
+    before = _read_settings(path) if path.exists() else {}
+    if there and before != settings:
+        if anew:
+            # Gone before the settings change: what an interrupted run leaves must not pass for its own.
+            if before and (others := sorted(there.keys() - set(names))):
+                raise UserError(
+                    f"{out}: holds {len(others)} masks of other settings that this run does not make, such as "
+                    f"{others[0]}; take another --out"
+                )
+            for name in there.keys() & set(names):
+                there[name].unlink()
+        elif before:
             differing = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); take another --out, or --overwrite"
-            ) from error
-        if differing:
             was, now = ({name: each.get(name) for name in differing} for each in (before, settings))
             raise UserError(
                 f"{out}: holds masks made with {was}, now {now}; take another --out, or --overwrite"
             )
-        return
     text = json.dumps({"pseudolabel": __version__, "settings": settings}, indent=2)
     write_atomically(path, text.encode("utf-8"))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, LookupError, TypeError):
+        settings = None
+    return settings if isinstance(settings, dict) and settings else {"unreadable": str(path)}
 
 
 def _is_done(mask_file: Path, cam_file: Path | None, photo: Path, present: Tensor) -> bool:

@@ -56,7 +56,8 @@ def read_pickled_dict(
         except UnsafePickleError as error:
             raise UnsafePickleError(f"{name}: refused, nothing was run: {error}") from error
         except Exception as error:
-            raise ValueError(f"{name}: cannot read this pickle: {error or type(error).__name__}") from error
+            cause = str(error) or type(error).__name__
+            raise ValueError(f"{name}: cannot read this pickle: {cause}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected one pickled dict, got {type(content).__name__}")
     return content

@@ -60,7 +60,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
 def image_size(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Size (H,W) that `read_image` will give, from the header alone where the format allows it.
 
-    PNG and TIFF are decoded: PNG may keep the orientation behind its pixels, TIFF is turned while it is decoded.
+    PNG and TIFF are decoded: the one may keep its orientation behind the pixels, the other is turned by the
+    decoder.
 
     Args:
         path: The file.

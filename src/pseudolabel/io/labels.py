@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,8 +55,8 @@ class ImageLabels:
         labels: Multi-hot (N,C) bool; numbers that are 0 or 1 are taken as well.
 
     Raises:
-        ValueError: If shapes disagree, a value is neither 0 nor 1, or a name comes twice, is empty or begins
-            or ends with white space.
+        ValueError: If shapes disagree, a value is neither 0 nor 1, or a name comes twice, is empty, breaks
+            the line, or begins or ends with white space.
 
     Example:
         >>> import torch
@@ -262,8 +263,10 @@ def _check_names(argument: str, names: tuple[str, ...]) -> None:
         raise ValueError(f"{argument}: expected at least one name")
     seen = set()
     for name in names:
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise ValueError(f"{argument}: expected names without white space around them, got {name!r}")
+        if not isinstance(name, str) or not name or name != name.strip() or re.search(r"[\r\n]", name):
+            raise ValueError(
+                f"{argument}: expected names in one line, without white space around them, got {name!r}"
+            )
         if name in seen:
             raise ValueError(f"{argument}: {name!r} comes twice")
         seen.add(name)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import _values_unchecked, check_choice, check_integer, check_shapes
+from pseudolabel._checks import check_choice, check_integer, check_shapes, values_unchecked
 
 __all__ = [
     "Absent",
@@ -168,7 +168,7 @@ def _shares_of_union(confusion: Tensor, absent: Absent) -> tuple[Tensor, Tensor,
         raise ValueError(
             f"confusion: expected shape (..., N, N) or (..., N, N + 1), got {tuple(confusion.shape)}"
         )
-    if not _values_unchecked(confusion) and not bool((confusion >= 0).all()):
+    if not values_unchecked(confusion) and not bool((confusion >= 0).all()):
         raise ValueError("confusion: expected counts >= 0, got negative or NaN values")
     confusion = confusion.double()  # exact up to 2^53 pixels
     true = confusion.sum(-1)
@@ -201,7 +201,7 @@ def check_classes(num_classes: int, ignore_index: int, **maps: Tensor) -> None:
     if len(set(devices.values())) > 1:
         raise ValueError(f"{', '.join(maps)}: expected tensors of one device, got {devices}")
     for name, value in maps.items():
-        if _values_unchecked(value):
+        if values_unchecked(value):
             continue
         labels = value.long()
         labels = labels.masked_fill(labels == ignore_index, 0)
