@@ -263,6 +263,13 @@ def test_gallery_pictures() -> None:
     assert sum(sizes.values()) < 1024 * 1024
 
 
+def test_gallery_script(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the gallery script is not run")
+    script = load(ROOT / "docs/gallery/make_gallery.py")
+    script.save(script.background(), tmp_path / "background.png")
+    assert (tmp_path / "background.png").stat().st_size > 10_000
+
+
 def test_versions_agree() -> None:
     assert f"\nversion: {pl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {pl.__version__} - " in (ROOT / "CHANGELOG.md").read_text()

@@ -157,7 +157,7 @@ def multi_scale_cam(
         views = torch.cat(make_views(image, (scale,), flip))
         maps = cam_fn(views)
         check_shapes(**{"image": (views, "B 3 H W"), "cam_fn(image)": (maps, "B C h w")})
-        cams += maps.split(len(image))
+        cams += maps.chunk(2 if flip else 1)
     return merge_views(cams, (image.shape[2], image.shape[3]), labels, flip=flip, flip_merge=flip_merge)
 
 

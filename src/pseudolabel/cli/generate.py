@@ -279,7 +279,7 @@ def _keep_settings(out: Path, settings: dict[str, Any], names: Sequence[str], *,
             # Gone before the settings change: what an interrupted run leaves must not pass for its own.
             if before and (others := sorted(there.keys() - set(names))):
                 raise UserError(
-                    f"{out}: holds {len(others)} masks of other settings that this run does not make, such as "
+                    f"{out}: holds {len(others)} masks of other settings that this run does not make, as "
                     f"{others[0]}; take another --out"
                 )
             for name in there.keys() & set(names):

@@ -170,12 +170,12 @@ def _mean_field(
     images, problems, labels, height, width = probs.shape
     filters: list[_Filter] = []
     if labels > 1 and iterations > 0:
-        if gaussian is not None:
-            sxy, compat = gaussian
-            filters.append((_spatial_filter(images, height, width, sxy, pixels.device), compat))
         if bilateral is not None:
             *widths, compat = bilateral
             filters.append((_bilateral_filter(pixels, *widths), compat))
+        if gaussian is not None:
+            sxy, compat = gaussian
+            filters.append((_spatial_filter(images, height, width, sxy, pixels.device), compat))
 
     # Pixels first, labels last: the lattice moves all labels of a pixel at once.
     logits = probs.new_empty(images, height * width, problems * labels, dtype=torch.float32)
