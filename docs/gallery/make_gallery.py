@@ -87,13 +87,13 @@ def panels(rows: int, columns: int, aspect: float, title_inches: float = 0.38) -
 
 
 def show_photo(ax: Axes, image: Tensor, title: str) -> None:
-    ax.imshow(image[0].permute(1, 2, 0))
+    ax.imshow(image[0].permute(1, 2, 0).numpy())
     ax.set_title(title)
 
 
 def show_map(ax: Axes, cam: Tensor, title: str, low: float = 0.0, high: float = 1.0) -> None:
     """A map (H,W) from dark (low) to bright (high), with its scale."""
-    drawn = ax.imshow(cam, cmap="viridis", vmin=low, vmax=high)
+    drawn = ax.imshow(cam.numpy(), cmap="viridis", vmin=low, vmax=high)
     ax.set_title(title)
     bar = ax.figure.colorbar(drawn, ax=ax, fraction=0.046, pad=0.02, ticks=[low, high])
     bar.outline.set_visible(False)
@@ -107,12 +107,12 @@ def show_mask(ax: Axes, image: Tensor, mask: Tensor, title: str) -> None:
     for value, colour in COLOURS.items():
         painted = 0.25 * grey + 0.75 * torch.tensor(colour)
         picture = torch.where((mask == value)[..., None], painted, picture)
-    ax.imshow(picture)
+    ax.imshow(picture.numpy())
     if bool((mask == 255).any()):
-        ax.contourf(mask == 255, levels=[0.5, 1.5], colors="none", hatches=["////"])
+        ax.contourf((mask == 255).numpy(), levels=[0.5, 1.5], colors="none", hatches=["////"])
     classes = mask.masked_fill(mask == 255, 0)
     if bool(classes.any()):
-        ax.contour(classes, levels=[0.5, 1.5], colors="black", linewidths=0.4)
+        ax.contour(classes.numpy(), levels=[0.5, 1.5], colors="black", linewidths=0.4)
     ax.set_title(title)
 
 
@@ -154,7 +154,7 @@ def normalisation() -> Figure:
             ax.axhline(row, color="white", linewidth=0.8)
         line[3].set_axis_on()
         for method, style, colour in (("max", "-", "black"), ("minmax", "--", COLOURS[1])):
-            profile = pl.cam.normalize_cam(cam, method)[0, 0, row]
+            profile = pl.cam.normalize_cam(cam, method)[0, 0, row].numpy()
             line[3].plot(profile, style, label=f'"{method}"', color=colour)
         line[3].set(ylim=(-0.02, 1.35), yticks=[0, 1], xticks=[], title="along the white line")
         line[3].tick_params(labelsize=6, pad=1)
@@ -169,14 +169,14 @@ def smoothing() -> Figure:
     show_photo(axes[0, 0], image, "photo: cat")
     curves = axes[1, 0]
     value = torch.linspace(0, 1, 401)
-    curves.plot(value, value, ":", color="grey", label="unchanged")
+    curves.plot([0, 1], [0, 1], ":", color="grey", label="unchanged")
     for line, (cam, name, style) in zip(axes, [(face, "peaky", "-"), (body, "broad", "--")], strict=True):
         cam = pl.cam.normalize_cam(cam)  # noqa: PLW2901
         cv = pl.refine.coefficient_of_variation(cam).item()
         show_map(line[1], cam[0, 0], f"{name} map, cv = {cv:.2f}")
         show_map(line[2], pl.refine.coefficient_of_variation_smoothing(cam)[0, 0], f"{name} map, smoothed")
         smoothed = (value ** (1 - cv)).where(value >= 0.05, 0)
-        curves.plot(value, smoothed, style, color="black", label=f"{name}: v^(1 - {cv:.2f})")
+        curves.plot(value.numpy(), smoothed.numpy(), style, color="black", label=f"{name}: v^(1 - {cv:.2f})")
     curves.set_axis_on()
     curves.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 1], yticks=[0, 1], title="value before and after")
     curves.tick_params(labelsize=6, pad=1)

@@ -9,7 +9,7 @@ The rooms of the library load on first use:
 - `pseudolabel.recipes`: each paper's whole way, written with the parts;
 - `pseudolabel.io`: images, labels, masks and maps on disk.
 
-Example:
+Examples:
     >>> import torch
     >>> import pseudolabel as pl
     >>> cam = torch.tensor([[[[0.9, 0.2], [0.1, 0.0]]]])

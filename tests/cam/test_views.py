@@ -136,6 +136,14 @@ def test_differentiable() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_view_dtypes(dtype: torch.dtype, generator: torch.Generator) -> None:
+    image = torch.rand(1, 3, 8, 8, generator=generator)
+    for view, expected in zip(make_views(image.to(dtype)), make_views(image), strict=True):
+        assert view.dtype == dtype
+        torch.testing.assert_close(view.float(), expected, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_merge_dtypes(dtype: torch.dtype, generator: torch.Generator) -> None:
     cams = [torch.rand(1, 2, 4, 4, generator=generator) for _ in range(2)]
     merged = merge_views([cam.to(dtype) for cam in cams], (8, 8), torch.ones(1, 2))

@@ -36,7 +36,7 @@ def class_activation_map(features: Tensor, weight: Tensor, bias: Tensor | None =
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If the shapes do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> features = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]])  # (1, 2, 1, 2)
         >>> class_activation_map(features, torch.tensor([[1.0, -1.0]]))
@@ -87,7 +87,7 @@ class CAM:
         ValueError: If a name is unknown, no classifier is found, or the features do not fit the classifier;
             the message lists candidates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())

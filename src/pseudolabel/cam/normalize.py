@@ -41,7 +41,7 @@ def normalize_cam(cam: Tensor, method: NormalizationMethod = "max", eps: float =
         TypeError: If ``cam`` is not a floating-point tensor.
         ValueError: If ``cam`` is not (B,C,h,w) or not finite, or a setting is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> normalize_cam(torch.tensor([[[[-1.0, 1.0], [2.0, 4.0]]]]), eps=1e-9)
         tensor([[[[0.0000, 0.2500],

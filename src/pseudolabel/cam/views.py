@@ -35,7 +35,7 @@ def make_views(
         TypeError: If ``image`` is not a floating-point tensor.
         ValueError: If ``image`` is not (B,3,H,W), or there is no scale, or one is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [tuple(view.shape[2:]) for view in make_views(torch.rand(1, 3, 6, 8), scales=(0.5, 1.0))]
         [(3, 4), (3, 4), (6, 8), (6, 8)]
@@ -75,7 +75,7 @@ def merge_views(
         TypeError: If a map is not a floating-point tensor.
         ValueError: If there are no maps, an odd number of them with ``flip``, or shapes that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> plain = torch.tensor([[[[0.0, 1.0]]]])
         >>> merge_views([plain, plain.flip(-1)], size=(1, 2))
@@ -140,7 +140,7 @@ def multi_scale_cam(
         TypeError: If ``image`` is not a floating-point tensor.
         ValueError: If shapes do not fit, ``cam_fn`` returns no maps, or a setting is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> brightness = lambda x: x.mean(1, keepdim=True)
         >>> multi_scale_cam(brightness, torch.ones(2, 3, 8, 8), scales=(0.5, 1.0)).shape
@@ -172,4 +172,8 @@ def _rescale(image: Tensor, scale: float) -> Tensor:
     size = [max(1, round(side * scale)) for side in image.shape[2:]]
     if size == list(image.shape[2:]):
         return image
-    return F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=True)
+    # Half precision is resized in float32: PyTorch has no such kernel for it on a CPU.
+    view = F.interpolate(
+        image.to(working_dtype(image)), size=size, mode="bicubic", align_corners=False, antialias=True
+    )
+    return view.to(image.dtype)

@@ -178,7 +178,7 @@ def draw_scenes(
         Images (N,3,H,W) in [0, 1]; masks (N,H,W) int64, values in the order of `CLASSES`; labels (N,C) bool,
         the classes that the mask of the scene shows.
 
-    Example:
+    Examples:
         >>> images, masks, labels = draw_scenes(4, generator=torch.Generator().manual_seed(0))
         >>> images.shape, masks.shape, labels.shape
         (torch.Size([4, 3, 96, 96]), torch.Size([4, 96, 96]), torch.Size([4, 6]))

@@ -37,7 +37,7 @@ class StoredCAM:
         ValueError: If shapes disagree, a key is negative or comes twice, a value is not finite, or the size
             is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> stored = StoredCAM(torch.tensor([2]), torch.ones(1, 4, 5), (32, 40))
         >>> stored.dense(num_classes=4).shape
@@ -114,7 +114,7 @@ def write_cam(
         ValueError: If a shape, value or setting is not as above, or a value is too large for float16.
         OSError: If the folder is missing, not writable or full. An older file of the name stays as it was.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import torch
         >>> with tempfile.TemporaryDirectory() as folder:

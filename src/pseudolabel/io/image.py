@@ -39,7 +39,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
             cause.
         OSError: If there is no such file, or it may not be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def image_size(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         ValueError: If the file is empty, no picture, or too large. Damage behind the header is not seen.
         OSError: If there is no such file, or it may not be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -58,7 +58,7 @@ class ImageLabels:
         ValueError: If shapes disagree, a value is neither 0 nor 1, or a name comes twice, is empty, breaks
             the line, or begins or ends with white space.
 
-    Example:
+    Examples:
         >>> import torch
         >>> labels = ImageLabels(("a", "b"), ("cat", "dog"), torch.tensor([[1, 0], [1, 1]]))
         >>> labels["a"]
@@ -125,7 +125,7 @@ def read_labels(path: str | os.PathLike[str], *, classes: Sequence[str] | None =
             twice, a value is neither 0 nor 1, or a class has no column; it names path, line and column.
         OSError: If there is no such file, or it may not be read.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = pathlib.Path(folder, "labels.csv")
@@ -155,7 +155,7 @@ def write_labels(path: str | os.PathLike[str], labels: ImageLabels) -> None:
         ValueError: If a name cannot be written as UTF-8.
         OSError: If the folder is missing, not writable or full. An older file of the name stays as it was.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile, torch
         >>> labels = ImageLabels(("a", "b"), ("cat", "dog"), torch.tensor([[1, 0], [1, 1]]))
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -51,7 +51,7 @@ def read_list(path: str | os.PathLike[str]) -> tuple[ListEntry, ...]:
             name comes twice; it names path and line.
         OSError: If there is no such file, or it may not be read.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = pathlib.Path(folder, "train.txt")
@@ -98,7 +98,7 @@ class VOCLayout:
         masks: Folder of the masks, `*.png`.
         lists: Folder of the lists, `*.txt`.
 
-    Example:
+    Examples:
         >>> VOCLayout("VOC2012").mask_path("2007_000032").as_posix()
         'VOC2012/SegmentationClass/2007_000032.png'
     """
@@ -137,7 +137,7 @@ def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
         ValueError: If there is no photo, or two differ in their suffix alone.
         OSError: If there is no such folder, or it may not be read.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in ("b.JPG", "a.png", "notes.txt"):

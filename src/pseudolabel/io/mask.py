@@ -33,7 +33,7 @@ def read_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> 
             indices: colours, transparency, 16 bits, an EXIF rotation. It names path and cause.
         OSError: If there is no such file, or it may not be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import torch
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def voc_palette() -> Tensor:
     Returns:
         Palette (256,3) uint8. Row 0 (background) is black, row 255 (ignore) the cream of VOC's borders.
 
-    Example:
+    Examples:
         >>> voc_palette()[[0, 1, 2, 3, 255]].tolist()
         [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [224, 224, 192]]
     """
@@ -123,7 +123,7 @@ def colorize_mask(mask: Tensor, palette: Tensor | None = None) -> Tensor:
         TypeError: If `mask` is not of an integer dtype or `palette` not uint8.
         ValueError: If a shape or value is not as above.
 
-    Example:
+    Examples:
         >>> import torch
         >>> colorize_mask(torch.tensor([[0, 255]]))[:, 0]
         tensor([[0.0000, 0.8784],

@@ -26,7 +26,7 @@ def constant_background(cam: Tensor, value: float) -> Tensor:
         TypeError: If ``cam`` is not a floating-point tensor.
         ValueError: If ``cam`` is not (B,C,H,W) or leaves [0, 1], or ``value`` does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> constant_background(torch.tensor([[[[0.9, 0.1]]]]), 0.15)
         tensor([[[[0.1500, 0.1500]],
@@ -55,7 +55,7 @@ def power_background(cam: Tensor, alpha: float) -> Tensor:
         TypeError: If ``cam`` is not a floating-point tensor.
         ValueError: If ``cam`` is not (B,C,H,W) or leaves [0, 1], or ``alpha`` is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> power_background(torch.tensor([[[[0.5, 0.0]]]]), alpha=2)
         tensor([[[[0.2500, 1.0000]],

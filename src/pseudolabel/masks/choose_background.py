@@ -70,7 +70,7 @@ def choose_background(
         ValueError: If ``scored`` or ``candidates`` is empty, a candidate is out of range, or the maps do not
             fit the truth.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cam = torch.tensor([[[[0.1, 0.3, 0.8]]]])
         >>> choice = choose_background([(cam, torch.tensor([[[0, 0, 1]]]))], candidates=[0.05, 0.2, 0.5])

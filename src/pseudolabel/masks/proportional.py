@@ -55,7 +55,7 @@ def class_foreground(
         TypeError: If ``cam`` is not a floating-point tensor.
         ValueError: If shapes do not fit, ``cam`` leaves [0, 1], or a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class_foreground(torch.rand(1, 3, 1, 3), torch.tensor([[[[0.0, 0.1, 0.2]]]]), crf=None)
         tensor([[[[False, False,  True]]]])
@@ -99,7 +99,7 @@ def proportional_argmax(
         TypeError: If ``cam`` is not floating-point.
         ValueError: If shapes do not fit, ``cam`` is not finite, or a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cam = torch.tensor([[[[0.9, 0.9, 0.8]], [[0.0, 0.0, 0.5]]]])
         >>> proportional_argmax(cam, cam > 0.1)
@@ -166,7 +166,7 @@ def proportional_pseudo_mask(
         ValueError: If shapes do not fit, ``image`` or ``cam`` leaves [0, 1], ``labels`` are not multi-hot, or
             a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> image = torch.zeros(1, 3, 1, 4)
         >>> cam = torch.tensor([[[[0.9, 0.8, 0.6, 0.0]], [[0.0, 0.0, 0.5, 0.1]], [[0.9, 0.9, 0.9, 0.9]]]])

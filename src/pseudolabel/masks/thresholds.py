@@ -28,7 +28,7 @@ def scores_to_mask(scores: Tensor, *, confidence: float | None = None, ignore_in
         TypeError: If ``scores`` is not a floating-point tensor.
         ValueError: If ``scores`` is not (B,1+C,H,W) or not finite, or a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> scores = torch.tensor([[[[0.2, 0.5, 0.4]], [[0.8, 0.5, 0.6]]]])
         >>> scores_to_mask(scores)
@@ -79,7 +79,7 @@ def dual_threshold_mask(
         ValueError: If shapes do not fit, ``cam`` leaves [0, 1], ``low`` exceeds ``high``, or ``refine`` comes
             without ``image``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> dual_threshold_mask(torch.tensor([[[[0.9, 0.2, 0.0]]]]))
         tensor([[[  1, 255,   0]]])

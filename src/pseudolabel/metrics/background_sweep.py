@@ -44,7 +44,7 @@ def background_sweep(
         ValueError: If the sizes of ``cam`` and ``truth`` differ, ``cam`` or a threshold is not finite, there
             is no threshold or no class, or ``truth`` holds other values.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from pseudolabel.metrics import background_sweep, iou_from_confusion
         >>> cam = torch.tensor([[[[0.9, 0.4, 0.2, 0.1]]]])

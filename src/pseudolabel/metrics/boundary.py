@@ -57,7 +57,7 @@ def boundary_counts(
         ValueError: If they differ in shape or hold other values, if ``mask`` holds ``ignore_index``, or if a
             setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> truth = torch.tensor([[[0, 0, 0, 1, 1, 1]]])
         >>> mask = torch.tensor([[[0, 0, 1, 1, 1, 1]]])
@@ -117,7 +117,7 @@ def boundary_f_from_counts(counts: Tensor, *, absent: Absent = "skip") -> Tensor
         TypeError: If ``counts`` is not an integer tensor.
         ValueError: If ``counts`` is not (...,N,4).
 
-    Example:
+    Examples:
         >>> import torch
         >>> boundary_f_from_counts(torch.tensor([[8, 10, 6, 10], [0, 5, 0, 0]]))
         tensor([0.6857,    nan], dtype=torch.float64)

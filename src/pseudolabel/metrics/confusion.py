@@ -64,7 +64,7 @@ def confusion_matrix(
     Note:
         With `torch.compile`, `error` has to look at the counts and breaks the graph; the others do not.
 
-    Example:
+    Examples:
         >>> import torch
         >>> truth = torch.tensor([[[0, 1, 1, 255]]])
         >>> mask = torch.tensor([[[0, 1, 0, 1]]])
@@ -123,7 +123,7 @@ def iou_from_confusion(confusion: Tensor, *, absent: Absent = "skip") -> Tensor:
         TypeError: If ``confusion`` is not a tensor of numbers.
         ValueError: If it is neither (...,N,N) nor (...,N,N+1), or a count is negative or NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> confusion = torch.tensor([[6, 2, 1], [0, 3, 0], [0, 0, 0]])
         >>> iou_from_confusion(confusion)
@@ -150,7 +150,7 @@ def over_under_segmentation(confusion: Tensor, *, absent: Absent = "skip") -> tu
         TypeError: If ``confusion`` is not a tensor of numbers.
         ValueError: If it is neither (...,N,N) nor (...,N,N+1), or a count is negative or NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> over_under_segmentation(torch.tensor([[6, 2], [0, 2]]))
         (tensor([0.0000, 0.5000], dtype=torch.float64), tensor([0.2500, 0.0000], dtype=torch.float64))

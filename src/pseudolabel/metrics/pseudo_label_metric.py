@@ -88,7 +88,7 @@ class PseudoLabelMetric:
     Raises:
         ValueError: If a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = PseudoLabelMetric(3, class_names=["background", "cat", "dog"])
         >>> metric.update(mask=torch.tensor([[[0, 1], [0, 1]]]), truth=torch.tensor([[[0, 1], [0, 0]]]))

@@ -46,7 +46,7 @@ def pmm(
         TypeError: If ``image`` or ``cam`` is not floating-point.
         ValueError: If shapes do not fit, values are out of range, or a setting is.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cam = torch.tensor([[[[4.0, 2.0, 0.1, 0.0]]]])
         >>> pmm(torch.zeros(1, 3, 1, 4), cam, torch.tensor([[1]]), crf=None)

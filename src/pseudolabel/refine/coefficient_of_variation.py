@@ -39,7 +39,7 @@ def coefficient_of_variation(cam: Tensor, scale: float = 0.3, threshold: float =
         TypeError: If ``cam`` is not a floating-point tensor.
         ValueError: If ``cam`` is not (B,C,h,w) or not finite, or a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> coefficient_of_variation(torch.tensor([[[[0.0, 0.2, 0.6]]]]), scale=1.0)
         tensor([[0.5000]])
@@ -81,7 +81,7 @@ def coefficient_of_variation_smoothing(cam: Tensor, scale: float = 0.3, threshol
         TypeError: If ``cam`` is not a floating-point tensor.
         ValueError: If ``cam`` is not (B,C,h,w) or not finite, or a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> coefficient_of_variation_smoothing(torch.tensor([[[[0.0, 0.2, 0.6]]]]), scale=1.0)
         tensor([[[[0.0000, 0.4472, 0.7746]]]])

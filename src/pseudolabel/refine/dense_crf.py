@@ -97,7 +97,7 @@ def dense_crf(
         ValueError: If shapes disagree, values are outside [0, 1] or not finite, or a setting is out of range.
         ImportError: If the backend is `pydensecrf` and it cannot be imported.
 
-    Example:
+    Examples:
         A noisy map of a photo with a dark and a bright half:
 
         >>> import torch
@@ -170,12 +170,12 @@ def _mean_field(
     images, problems, labels, height, width = probs.shape
     filters: list[_Filter] = []
     if labels > 1 and iterations > 0:
-        if bilateral is not None:
-            *widths, compat = bilateral
-            filters.append((_bilateral_filter(pixels, *widths), compat))
         if gaussian is not None:
             sxy, compat = gaussian
             filters.append((_spatial_filter(images, height, width, sxy, pixels.device), compat))
+        if bilateral is not None:
+            *widths, compat = bilateral
+            filters.append((_bilateral_filter(pixels, *widths), compat))
 
     # Pixels first, labels last: the lattice moves all labels of a pixel at once.
     logits = probs.new_empty(images, height * width, problems * labels, dtype=torch.float32)
@@ -295,7 +295,7 @@ def probs_from_mask(
         TypeError: If ``mask`` is not an integer tensor.
         ValueError: If ``mask`` is not (B,H,W) or holds another label, or a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> probs_from_mask(torch.tensor([[[0, 2, 255]]]), num_classes=4)[0, :, 0]
         tensor([[0.7000, 0.1000, 0.2500],
