@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/dense_crf.py [--repeats 3]
 
-Both sides start from a photo and label probabilities and end with probabilities, 10 iterations, 500 x 375. They
-take turns in one process; ratios are medians over paired runs. The Gaussian lattice, which the library keeps for
-each image size, is there before the clock starts; everything else is built in every run.
+Both sides start from a photo and label probabilities and end with probabilities: 10 iterations, 500 x 375.
+They take turns in one process, and ratios are medians over paired runs. The Gaussian lattice, which the
+library keeps for each image size, is there before the clock starts; everything else is built in every run.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,10 @@ def pydensecrf(
     sxy, srgb, compat = bilateral
     crf.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=photo, compat=compat)
     return np.array(crf.inference(iterations)).reshape(labels, height, width)
+
+
+def peer_one_by_one(image: Tensor, maps: Tensor) -> list[np.ndarray]:
+    return [pydensecrf(image, maps[:, k], SETTINGS["80/13"], (3.0, 10.0)) for k in range(maps.shape[1])]
 
 
 def paired(
@@ -157,14 +162,11 @@ def report(repeats: int) -> None:
             pairs = []
             for seed, image in enumerate(images):
                 probs = smooth_probs(labels, seed)
-                for _ in range(repeats):
-                    pairs.append(
-                        paired(
-                            lambda i=image, p=probs, b=bilateral: _torch(i, p, b),
-                            lambda i=image, p=probs, b=bilateral: pydensecrf(i, p, b),
-                            time.process_time,
-                        )
-                    )
+                ours, peer = (
+                    partial(_torch, image, probs, bilateral),
+                    partial(pydensecrf, image, probs, bilateral),
+                )
+                pairs += [paired(ours, peer, time.process_time) for _ in range(repeats)]
                 agreement.append((setting, labels, _differences(image, probs, bilateral)))
             goal = f">= {GOALS[setting]:g}"
             print(row(f"{setting}, {labels} labels, 1 thread, CPU time", pairs, goal), flush=True)
@@ -172,16 +174,9 @@ def report(repeats: int) -> None:
     pairs = []
     for seed, image in enumerate(images):
         maps = proportional_maps(3, seed)
-        for _ in range(repeats):
-            pairs.append(
-                paired(
-                    lambda i=image, m=maps: dense_crf(i, m, **CRF_PRESETS["pmm"]),
-                    lambda i=image, m=maps: [
-                        pydensecrf(i, m[:, k], SETTINGS["80/13"], (3.0, 10.0)) for k in range(m.shape[1])
-                    ],
-                    time.process_time,
-                )
-            )
+        ours = partial(dense_crf, image, maps, **CRF_PRESETS["pmm"])
+        peer = partial(peer_one_by_one, image, maps)
+        pairs += [paired(ours, peer, time.process_time) for _ in range(repeats)]
     print(row("proportional masks, 3 classes, 1 thread, CPU time", pairs, ">= 5"), flush=True)
 
     eight = images + [image.flip(3) for image in images]

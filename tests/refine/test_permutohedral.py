@@ -13,7 +13,7 @@ from pseudolabel.refine._permutohedral import PermutohedralFilter, _name_steps, 
 
 
 def apply(kernel: PermutohedralFilter, values: torch.Tensor) -> torch.Tensor:
-    return kernel.slice(kernel.splat_and_blur(values), 0, len(values))
+    return kernel.slice(kernel.splat_and_blur(values), slice(0, len(values)))
 
 
 def slow_filter(features: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -102,7 +102,8 @@ def test_is_symmetric_and_leaves_no_pixel_out(generator):
     features = torch.rand(5, 40, generator=generator) * 4
     matrix = apply(PermutohedralFilter(features, [4.0] * 5), torch.eye(40))
     # The blur runs over the axes in one order, so the lattice filter is symmetric only nearly.
-    assert (matrix - matrix.T).abs().max() < 0.1 * matrix.max()
+    assert torch.corrcoef(torch.stack([matrix.flatten(), matrix.T.flatten()]))[0, 1] > 0.99
+    assert float(matrix.min()) >= 0
     assert bool((matrix.diagonal() > 0).all())
 
 
@@ -164,10 +165,17 @@ def test_wide_names_give_the_same_answer(generator):
     """Names of 64 bits, taken where 32 do not suffice."""
     features = torch.rand(5, 200, generator=generator) * 3
     values = torch.rand(200, 2, generator=generator)
-    assert _name_steps([3.0] * 5)[1] < 2**31 < _name_steps([3000.0] * 5)[1]
+    assert _name_steps([3.0] * 5)[1] < 2**31 < _name_steps([300.0] * 5)[1]
     narrow = apply(PermutohedralFilter(features, [3.0] * 5), values)
-    wide = apply(PermutohedralFilter(features, [3000.0] * 5), values)
+    wide = apply(PermutohedralFilter(features, [300.0] * 5), values)
     torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-6)
+
+
+def test_names_reach_far_enough_for_large_photos():
+    steps, span = _name_steps(
+        [8000 / 3, 6000 / 3, 255 / 3, 255 / 3, 255 / 3]
+    )  # 48 megapixels, narrow kernels
+    assert span * math.factorial(len(steps)) < 2**63
 
 
 def test_names_that_cannot_be_told_apart_are_refused():
@@ -182,7 +190,7 @@ def test_blocks_do_not_change_the_answer(generator, monkeypatch):
     blocks = PermutohedralFilter(features, [4.0] * 5)
     lattice = whole.splat_and_blur(values)
     assert torch.equal(lattice, blocks.splat_and_blur(values))
-    assert torch.equal(whole.slice(lattice, 11, 42), apply(whole, values)[11:42])
+    assert torch.equal(whole.slice(lattice, slice(11, 42)), apply(whole, values)[11:42])
 
 
 def test_sparse_rows_turned_round(generator, device):

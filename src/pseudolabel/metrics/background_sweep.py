@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_finite, check_float, check_shapes
-from pseudolabel.metrics.confusion import check_classes, count
+from pseudolabel._checks import check_classes, check_finite, check_float, check_shapes
+from pseudolabel.metrics.confusion import count
 
 __all__ = ["background_sweep"]
 

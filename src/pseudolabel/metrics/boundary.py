@@ -6,8 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pseudolabel._checks import check_choice, check_integer, check_number, check_shapes
-from pseudolabel.metrics.confusion import Absent, check_classes, count, describe_pixels
+from pseudolabel._checks import (
+    check_choice,
+    check_classes,
+    check_integer,
+    check_number,
+    check_shapes,
+    describe_pixels,
+)
+from pseudolabel.metrics.confusion import Absent, count
 
 __all__ = ["boundary_counts", "boundary_f_from_counts"]
 

@@ -5,15 +5,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_choice, check_integer, check_shapes, values_unchecked
+from pseudolabel._checks import check_choice, check_classes, check_shapes, describe_pixels, values_unchecked
 
 __all__ = [
     "Absent",
     "PredIgnore",
-    "check_classes",
     "confusion_matrix",
     "count",
-    "describe_pixels",
     "iou_from_confusion",
     "over_under_segmentation",
 ]
@@ -186,41 +184,3 @@ def count(index: Tensor, size: int) -> Tensor:
     if torch.compiler.is_compiling():  # bincount has an output of unknown length, which breaks a graph
         return index.new_zeros(size).scatter_add(0, index, torch.ones_like(index))
     return torch.bincount(index, minlength=size)
-
-
-def check_classes(num_classes: int, ignore_index: int, **maps: Tensor) -> None:
-    """Check that label maps hold classes `0..num_classes-1` and ``ignore_index`` only."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: expected an integer >= 1, got {num_classes!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or 0 <= ignore_index < num_classes:
-        raise ValueError(
-            f"ignore_index: expected an integer outside of 0..{num_classes - 1}, got {ignore_index!r}"
-        )
-    check_integer(**maps)
-    devices = {name: value.device for name, value in maps.items()}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"{', '.join(maps)}: expected tensors of one device, got {devices}")
-    for name, value in maps.items():
-        if values_unchecked(value):
-            continue
-        labels = value.long()
-        labels = labels.masked_fill(labels == ignore_index, 0)
-        low, high = torch.aminmax(labels)
-        if int(low) < 0 or int(high) >= num_classes:
-            wrong = (labels < 0) | (labels >= num_classes)
-            raise ValueError(
-                f"{name}: expected classes 0..{num_classes - 1} or ignore_index {ignore_index}, got "
-                f"{torch.unique(labels[wrong])[:8].tolist()} in {describe_pixels(wrong)}"
-            )
-
-
-def describe_pixels(found: Tensor) -> str:
-    """Say how many pixels of a (B,H,W) bool map are set, and where."""
-    position = found.nonzero()
-    images = torch.unique(position[:, 0]).tolist()
-    listed = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
-    image, y, x = position[0].tolist()
-    return (
-        f"{len(position)} pixel{'s' * (len(position) > 1)} of image {listed} of the batch "
-        f"(first: image {image}, row {y}, column {x})"
-    )

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from pseudolabel._checks import check_choice
+from pseudolabel._checks import check_choice, check_classes
 from pseudolabel.metrics.confusion import (
     Absent,
     PredIgnore,
-    check_classes,
     confusion_matrix,
     iou_from_confusion,
     over_under_segmentation,

@@ -1,24 +1,26 @@
 """Gaussian filtering in many dimensions on the permutohedral lattice (Adams, Baek, Davis 2010).
 
-Wanted is `out_i = sum_j exp(-|f_i - f_j|^2 / 2) in_j` for all pairs of pixels, `f` being the d features of a
+Wanted is `out_i = sum_j exp(-|f_i - f_j|^2 / 2) in_j` over all pairs of pixels, `f` being the d features of a
 pixel, such as position and colour. Three steps, each linear in the number of pixels, come close:
 
     splat   every pixel spreads its value over the d + 1 corners of the lattice cell that holds its features;
     blur    values on the lattice are blurred by [1/2 1 1/2] along each of the d + 1 lattice directions;
     slice   every pixel gathers the blurred values of the corners of its cell.
 
-The lattice. Features are scaled and lifted into the plane `x_0 + ... + x_d = 0` of d + 1 dimensions. A vertex is
-an integer point of that plane whose coordinates are all congruent modulo d + 1. The shortest steps from vertex to
-vertex are the d + 1 directions of the blur: step `j` adds 1 to every coordinate and takes d + 1 from coordinate
-`j`. Doing all of them once, in any order, leads back to the start, and the d + 1 vertices met on the way are the
-corners of one cell: a cell is a vertex and an order of the steps.
+Each is a product with a sparse matrix. What is left is to find the cells, corners and neighbours.
+
+The lattice. Features are scaled and lifted into the plane `x_0 + ... + x_d = 0` of d + 1 dimensions. A vertex
+is an integer point of that plane whose coordinates are all congruent modulo d + 1. The shortest steps between
+vertices are the d + 1 directions of the blur: step `j` adds 1 to every coordinate and takes d + 1 from
+coordinate `j`. All of them together, in any order, lead back to the start, and the d + 1 vertices met on the
+way are the corners of one cell: a cell is a vertex and an order of the steps.
 
 The trick that makes this fast without a hash table: a vertex is named by one integer that is *linear* in its
-coordinates, so that every step adds a constant to the name (`_name_steps`). Finding the vertices is then a sort,
-and finding the neighbours of all of them a binary search for `names + constant`.
+coordinates, so that every step adds a constant to the name (`_name_steps`). Finding the vertices is then a
+sort, and finding the neighbours of all of them a binary search for `names + constant`.
 
-Rounding. A pixel on the border of two cells belongs to either with weight zero, yet the vertices that exist steer
-the blur. `_locate` therefore takes the float32 operations in the order of the C++ program that everybody uses
+Rounding. A pixel on the border of two cells belongs to either with weight zero, yet the vertices that exist
+steer the blur. `_locate` therefore takes the float32 operations in the order of the authors' C++ program
 (Krähenbühl and Koltun 2011), and must not fuse a multiplication with an addition.
 """
 
@@ -53,9 +55,9 @@ def _lift_scales(d: int) -> list[float]:
 def _name_steps(extent: Sequence[float]) -> tuple[list[int], int]:
     """What each step adds to the name of a vertex, and the number of names that one image can need.
 
-    A vertex `p` is pinned down by `p_d` and the d - 1 integers `(p_{i-1} - p_i) / (d + 1)`. These are the digits
-    of its name, in a number system with a range for each digit: what features in `[0, extent]` can reach, and
-    a margin for the corners of a cell and for the neighbours asked for.
+    A vertex `p` is pinned down by `p_d` and the d - 1 integers `(p_{i-1} - p_i) / (d + 1)`. These are the
+    digits of its name, in a number system with a range for each digit: what features in `[0, extent]` can
+    reach, and a margin for the corners of a cell and for the neighbours asked for.
     """
     d = len(extent)
     length = [scale * size for scale, size in zip(_lift_scales(d), extent, strict=True)]
@@ -75,9 +77,11 @@ def _name_steps(extent: Sequence[float]) -> tuple[list[int], int]:
 
 
 def _locate(features: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the cell of each of (d,n) features: its name (n,) int64, and the pixel's corner weights (d+1,n).
+    """Find the cell of each of (d,n) features, (n,) int64, and the weights of its corners (d+1,n).
 
-    A cell's name is `first * (d + 1)! + order`: the name of its first vertex, and the number of the order of steps.
+    A cell is `first * (d + 1)! + order`: the name of its first vertex, and the number of its order of steps.
+    The walk from the first vertex takes the last step of the order first; the corner weights are listed in
+    the same order, so the first vertex has the last weight.
     """
     d, n = features.shape
     lifted = features.new_empty(d + 1, n)
@@ -139,20 +143,22 @@ class _SparseRows:
         return csr_array(parts, shape=(len(self.start) - 1, self.columns))
 
     def transposed(self) -> "_SparseRows":
-        rows = len(self.start) - 1
-        if self.index.device.type == "cpu":  # a counting sort, in a third of the time and memory
-            turned = self.scipy.tocsc()
-            parts = (torch.from_numpy(part) for part in (turned.indices, turned.indptr, turned.data))
-            return _SparseRows(*parts, columns=rows)
+        if self.index.device.type != "cpu":
+            return self._transposed_by_sorting()
+        turned = self.scipy.tocsc()  # a counting sort, in a third of the time and memory
+        index, start, weight = (torch.from_numpy(x) for x in (turned.indices, turned.indptr, turned.data))
+        return _SparseRows(index, start, weight, len(self.start) - 1)
+
+    def _transposed_by_sorting(self) -> "_SparseRows":
         column, entry = torch.sort(self.index, stable=True)
         edges = torch.arange(self.columns + 1, dtype=torch.int32, device=column.device)
-        row = torch.searchsorted(self.start, entry.to(torch.int32), right=True, out_int32=True) - 1
         start = torch.searchsorted(column, edges, out_int32=True)
-        return _SparseRows(row, start, self.weight.index_select(0, entry), rows)
+        row = torch.searchsorted(self.start, entry.to(torch.int32), right=True, out_int32=True) - 1
+        return _SparseRows(row, start, self.weight.index_select(0, entry), len(self.start) - 1)
 
     def __matmul__(self, values: Tensor) -> Tensor:
         """Multiply by (columns,C) values."""
-        if values.shape[1] == 1 and values.device.type == "cpu":  # half the time of the line below
+        if values.shape[1] == 1 and values.device.type == "cpu":  # half the time of what follows
             return torch.from_numpy(self.scipy @ values.numpy())
         return F.embedding_bag(
             self.index,
@@ -211,33 +217,28 @@ class PermutohedralFilter:
         self._slice = _SparseRows.from_table(index, weight, len(vertices) + 1)
         self._splat = self._slice.transposed()
         self._blurs = _blurs(vertices, steps)
-        self._normalize(d, n)
+        self._normalize(n)
 
-    def _normalize(self, d: int, n: int) -> None:
-        """Fold `D^(-1/2)`, and the constant factor that the blur has left, into splat and slice."""
-        gain = 1 / (1 + 2.0**-d)
+    def _normalize(self, n: int) -> None:
+        """Fold `D^(-1/2)` into splat and slice. Any constant factor of the blur drops out with it."""
         total = self._slice @ self.splat_and_blur(self._slice.weight.new_ones(n, 1))
-        norm = total.mul_(gain).add_(1e-20).rsqrt_().mul_(math.sqrt(gain))
+        norm = total.add_(1e-20).rsqrt_()
         self._slice.weight.view(n, -1).mul_(norm)
         self._splat.weight.mul_(norm.view(-1).index_select(0, self._splat.index))
 
     def splat_and_blur(self, values: Tensor) -> Tensor:
-        """Bring (n,C) float32 values of pixels to the lattice, every channel by itself, and blur them there."""
+        """Bring (n,C) float32 values of pixels to the lattice and blur them there, each channel by itself."""
         values = self._splat @ values
         for blur in self._blurs:
             values = blur @ values
         return values
 
-    def slice(self, on_lattice: Tensor, begin: int, end: int) -> Tensor:
-        """Read the filtered values of pixels begin to end off the lattice."""
-        width = len(self._slice.index) // (len(self._slice.start) - 1)
-        rows = _SparseRows(
-            self._slice.index[begin * width : end * width],
-            self._slice.start[: end - begin + 1],
-            self._slice.weight[begin * width : end * width],
-            self._slice.columns,
-        )
-        return rows @ on_lattice
+    def slice(self, on_lattice: Tensor, pixels: slice) -> Tensor:
+        """Read the filtered values of some pixels, a slice with start and stop, off the lattice."""
+        whole, corners = self._slice, len(self._blurs)
+        entries = slice(pixels.start * corners, pixels.stop * corners)
+        start = whole.start[: pixels.stop - pixels.start + 1]
+        return _SparseRows(whole.index[entries], start, whole.weight[entries], whole.columns) @ on_lattice
 
 
 def _blurs(vertices: Tensor, steps: Tensor) -> list[_SparseRows]:
@@ -252,6 +253,6 @@ def _blurs(vertices: Tensor, steps: Tensor) -> list[_SparseRows]:
         found = vertices.index_select(0, at) == wanted
         after = F.pad(torch.where(found, at, count), (0, 1), value=count)
         before = torch.full_like(own, count).scatter_(0, after.long(), own)
-        before[count] = count
+        before[count] = count  # where all that have no next vertex wrote
         blurs.append(_SparseRows.from_table(torch.stack([own, after, before], 1), weight, count + 1))
     return blurs

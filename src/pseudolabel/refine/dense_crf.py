@@ -1,7 +1,7 @@
 """Fully connected CRF: maps that follow the edges of the image."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -61,7 +61,7 @@ def dense_crf(
 ) -> Tensor:
     """Mean-field marginals of the fully connected CRF with Potts compatibility.
 
-    With `U = -log(clip(probs, 1e-5, 1))` and the kernels `K_m(i, j) = exp(-|f_i - f_j|^2 / 2)` on the features
+    With `U = -log(clip(probs, 1e-5, 1))` and kernels `K_m(i, j) = exp(-|f_i - f_j|^2 / 2)` on the features
 
         gaussian:   f = (x, y) / sxy
         bilateral:  f = ((x, y) / sxy, (r, g, b) / srgb)        r, g, b in 0..255
@@ -75,7 +75,8 @@ def dense_crf(
 
     Two labels cost less than three, and P problems over one image, given as (B,P,L,H,W), share its lattice
     and cost far less than P calls. On a CPU the images of a batch run one by one, on other devices together.
-    The lattice of the Gaussian kernel is kept for the last few image sizes.
+    The lattice of the Gaussian kernel is kept for the last few image sizes. Thread settings are left alone;
+    many images go fastest through several Python threads with one torch thread each.
 
     Args:
         image: Photos (B,3,H,W), float in [0, 1]. They are rounded to 8 bits first, because the method is
@@ -108,8 +109,8 @@ def dense_crf(
         >>> refined.argmax(1)[0, 0]
         tensor([0, 0, 0, 1, 1, 1])
 
-    Source: Krähenbühl and Koltun, "Efficient inference in fully connected CRFs with Gaussian edge potentials",
-    NIPS 2011. Matches pydensecrf with diagonal kernels and symmetric normalisation.
+    Source: Krähenbühl and Koltun, "Efficient inference in fully connected CRFs with Gaussian edge
+    potentials", NIPS 2011. Matches pydensecrf with diagonal kernels and symmetric normalisation.
     """
     _check_settings(gaussian, bilateral, iterations, backend)
     check_float(image=image, probs=probs)
@@ -118,8 +119,8 @@ def dense_crf(
         raise ValueError(f"probs: expected the device of image, {image.device}, got {probs.device}")
     check_unit_range(image=image, probs=probs)
     with torch.no_grad():
-        if probs.numel() == 0:
-            return probs.clone()
+        if probs.numel() == 0 or probs.shape[-3] == 1:
+            return torch.ones_like(probs)
         problems = probs.reshape(len(probs), -1, *probs.shape[-3:])
         pixels = (image.float() * 255).round_().clamp_(0, 255)
         run: Callable[..., Tensor] = _mean_field
@@ -127,12 +128,10 @@ def dense_crf(
             from pseudolabel.refine._pydensecrf import mean_field as run  # noqa: PLC0415 - an extra
 
         together = 1 if image.device.type == "cpu" else len(image)
-        result = torch.empty_like(problems, memory_format=torch.contiguous_format).flatten(1, 2).flatten(2)
+        result = torch.empty_like(problems, memory_format=torch.contiguous_format)
         for start in range(0, len(image), together):
             part = slice(start, start + together)
-            marginals = run(pixels[part], problems[part], gaussian, bilateral, iterations)
-            for maps, rows in zip(result[part], marginals, strict=True):
-                maps.copy_(rows.T)
+            result[part] = run(pixels[part], problems[part], gaussian, bilateral, iterations)
         return result.view(probs.shape)
 
 
@@ -143,20 +142,22 @@ def _check_settings(
     backend: str,
 ) -> None:
     check_choice("backend", backend, get_args(CRFBackend))
-    check_number("iterations", iterations, at_least=0)
-    for name, kernel, parts in (
-        ("gaussian", gaussian, "sxy compat"),
-        ("bilateral", bilateral, "sxy srgb compat"),
-    ):
-        if kernel is None:
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
+        raise ValueError(f"iterations: expected a whole number >= 0, got {iterations!r}")
+    kernels: dict[str, tuple[Sequence[float] | None, tuple[str, ...]]] = {
+        "gaussian": (gaussian, ("sxy", "compat")),
+        "bilateral": (bilateral, ("sxy", "srgb", "compat")),
+    }
+    for kernel, (values, names) in kernels.items():
+        if values is None:
             continue
-        names = parts.split()
-        if not isinstance(kernel, tuple | list) or len(kernel) != len(names):
-            raise ValueError(f"{name}: expected ({', '.join(names)}) or None, got {kernel!r}")
-        *widths, compat = kernel
-        for part, width in zip(names, widths, strict=False):
-            check_number(f"{name} {part}", width, above=0)
-        check_number(f"{name} compat", compat, at_least=0)
+        if not isinstance(values, tuple | list) or len(values) != len(names):
+            raise ValueError(f"{kernel}: expected ({', '.join(names)}) or None, got {values!r}")
+        for name, value in zip(names, values, strict=True):
+            if name == "compat":
+                check_number(f"{kernel} {name}", value, at_least=0)
+            else:
+                check_number(f"{kernel} {name}", value, above=0)
 
 
 def _mean_field(
@@ -169,7 +170,7 @@ def _mean_field(
     """Run (B,3,H,W) pixels of 0..255 and (B,P,L,H,W) maps over one lattice a kernel."""
     images, problems, labels, height, width = probs.shape
     filters: list[_Filter] = []
-    if labels > 1 and iterations > 0:
+    if iterations > 0:
         if gaussian is not None:
             sxy, compat = gaussian
             filters.append((_spatial_filter(images, height, width, sxy, pixels.device), compat))
@@ -178,42 +179,48 @@ def _mean_field(
             filters.append((_bilateral_filter(pixels, *widths), compat))
 
     # Pixels first, labels last: the lattice moves all labels of a pixel at once.
-    logits = probs.new_empty(images, height * width, problems * labels, dtype=torch.float32)
+    pixel_count, channels = height * width, problems * labels
+    logits = torch.empty(images, pixel_count, channels, device=probs.device)
     for rows, maps in zip(logits, probs.flatten(1, 2).flatten(2), strict=True):
-        for some_rows, some_maps in zip(_blocks(rows), maps.split(len(_blocks(rows)[0]), 1), strict=True):
-            some_rows.copy_(some_maps.T).clamp_(1e-5, 1).log_()  # -U
+        for block in _blocks(rows):
+            rows[block].copy_(maps[:, block].T).clamp_(1e-5, 1).log_()  # -U
     iterate = _two_labels if labels == 2 else _many_labels
     marginals = iterate(logits.view(-1, problems, labels), filters, iterations if filters else 0)
-    return marginals.view(images, height * width, -1)
+    return marginals.view(images, pixel_count, channels).transpose(1, 2).view(probs.shape)
 
 
-def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    """Split the rows into blocks that stay in a processor's cache; on other devices into one."""
-    size = max(1, _CPU_BLOCK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-    return rows.split(size)
+def _blocks(rows: Tensor) -> list[slice]:
+    """Slices of rows that stay in the cache of a processor; on other devices one of them all."""
+    count, channels = rows.shape
+    size = max(1, _CPU_BLOCK // channels) if rows.device.type == "cpu" else count
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _two_labels(start: Tensor, filters: list[_Filter], iterations: int) -> Tensor:
+def _two_labels(logits: Tensor, filters: list[_Filter], iterations: int) -> Tensor:
     """Mean field on the difference of two logits: one channel a problem, and no softmax.
 
     The kernels are linear, so their messages differ by `K'(Q_1 - Q_0)`, and `Q_1 - Q_0 = 2 sigmoid(x) - 1`.
     """
-    difference = start[..., 1] - start[..., 0]
+    difference = logits[..., 1] - logits[..., 0]
     x = _iterate(difference, filters, iterations, lambda x: x.sigmoid_().mul_(2).sub_(1))
     return torch.stack([-x, x], 2).sigmoid_()
 
 
-def _many_labels(start: Tensor, filters: list[_Filter], iterations: int) -> Tensor:
+def _many_labels(logits: Tensor, filters: list[_Filter], iterations: int) -> Tensor:
     """Mean field on the logits of all labels, to the base 2 because `exp2` is the faster exponential."""
-    labels = start.shape[2]
-    start = start.flatten(1).mul_(1 / math.log(2))
+    labels = logits.shape[2]
+    logits = logits.flatten(1).mul_(1 / math.log(2))
     filters = [(kernel, compat / math.log(2)) for kernel, compat in filters]
     # A normalised kernel answers Q in [0, 1] by about 1 at most: no overflow, even without a row maximum.
     bounded = sum(compat for _, compat in filters) <= 60
-    logits = _iterate(start, filters, iterations, lambda x: _softmax2_(x, labels, bounded))
-    for rows in _blocks(logits):
-        _softmax2_(rows, labels, bounded)
-    return logits
+
+    def softmax(x: Tensor) -> Tensor:
+        return _softmax2_(x, labels, bounded)
+
+    x = _iterate(logits, filters, iterations, softmax)
+    for block in _blocks(x):
+        softmax(x[block])
+    return x
 
 
 def _iterate(
@@ -221,18 +228,14 @@ def _iterate(
 ) -> Tensor:
     """Repeat `x <- start + sum_m compat_m K'_m activate(x)` on (n,C) and return the last x."""
     x = start.clone()
-    if iterations > 0:
-        activate(x)
-    for iteration in range(iterations):
+    for _ in range(iterations):
+        for block in _blocks(x):
+            activate(x[block])
         lattices = [kernel.splat_and_blur(x) for kernel, _ in filters]
-        begin = 0
-        for rows, first in zip(_blocks(x), _blocks(start), strict=True):
-            rows.copy_(first)
+        for block in _blocks(x):
+            rows = x[block].copy_(start[block])
             for (kernel, compat), lattice in zip(filters, lattices, strict=True):
-                rows.add_(kernel.slice(lattice, begin, begin + len(rows)), alpha=compat)
-            if iteration < iterations - 1:
-                activate(rows)
-            begin += len(rows)
+                rows.add_(kernel.slice(lattice, block), alpha=compat)
     return x
 
 
@@ -312,7 +315,7 @@ def probs_from_mask(
     ignored = mask == ignore_index
     labels = mask.masked_fill(ignored, 0).long()
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        found = sorted(set(labels.unique().tolist()) - set(range(num_classes)))
+        found = sorted(set(labels.flatten().tolist()) - set(range(num_classes)))
         raise ValueError(
             f"mask: expected labels 0 to {num_classes - 1} or {ignore_index}, got {found[:8]} as well"
         )
