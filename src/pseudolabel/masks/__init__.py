@@ -8,11 +8,13 @@ from pseudolabel.masks.proportional import (
     proportional_argmax,
     proportional_pseudo_mask,
 )
+from pseudolabel.masks.relabel import average_views, relabel, slide_logits
 from pseudolabel.masks.thresholds import dual_threshold_mask, scores_to_mask
 
 __all__ = [
     "BackgroundChoice",
     "ProportionalPseudoMask",
+    "average_views",
     "choose_background",
     "class_foreground",
     "constant_background",
@@ -20,5 +22,7 @@ __all__ = [
     "power_background",
     "proportional_argmax",
     "proportional_pseudo_mask",
+    "relabel",
     "scores_to_mask",
+    "slide_logits",
 ]
