@@ -206,3 +206,27 @@ def test_sparse_rows_turned_round(generator, device):
         torch.testing.assert_close((matrix.transposed() @ left.to(device)).cpu(), dense.T @ left)
         sort = matrix._transposed_by_sorting()
         torch.testing.assert_close((sort @ left.to(device)).cpu(), dense.T @ left)
+
+
+def test_float32_operations_are_those_of_the_reference(device, generator):
+    """Bit for bit: a fused multiplication, or another rounding of a constant, makes other vertices at ties."""
+    width, (sxy, srgb) = 97, (np.float32(67), np.float32(3))
+    pixel = np.arange(width * 71)
+    colours = torch.randint(0, 256, (3, len(pixel)), generator=generator).numpy().astype(np.float32) / srgb
+    features = np.stack(
+        [(pixel % width).astype(np.float32) / sxy, (pixel // width).astype(np.float32) / sxy, *colours]
+    )
+    spread = np.float32(math.sqrt(2 / 3) * 6)
+    lifted, total = np.empty((6, len(pixel)), np.float32), np.zeros(len(pixel), np.float32)
+    for j in range(5, 0, -1):
+        scaled = features[j - 1] * np.float32(1 / math.sqrt((j + 1) * j) * float(spread))
+        lifted[j] = total - np.float32(j) * scaled
+        total = total + scaled
+    lifted[0] = total
+    inverse = np.float32(1 / 6)
+    rest = lifted - np.round(inverse * lifted) * np.float32(6)
+    height = np.sort(rest, 0)[::-1] * inverse
+    steps, _ = _name_steps([float(row.max()) + 1 for row in features])
+    _, weights = _permutohedral._locate(torch.from_numpy(features).to(device), torch.tensor(steps).to(device))
+    np.testing.assert_array_equal(weights[:-1].cpu().numpy(), height[:-1] - height[1:])
+    np.testing.assert_array_equal(weights[-1].cpu().numpy(), height[-1] + np.float32(1) - height[0])
