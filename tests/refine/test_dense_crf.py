@@ -178,6 +178,20 @@ def test_dtypes_are_computed_in_float32(generator, device, dtype):
     assert torch.equal(refined, dense_crf(image, probs.float()).to(dtype))
 
 
+def test_surroundings_do_not_change_the_dtype(generator):
+    image, probs = random_case(generator)
+    expected = dense_crf(image, probs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dense_crf(image, probs), expected)
+    module._spatial_filter.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(dense_crf(image, probs), expected)
+        assert probs_from_mask(torch.zeros(1, 2, 2, dtype=torch.long), 2).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_image_is_rounded_to_8_bits(generator):
     image, probs = random_case(generator)
     levels = (image * 255).round()

@@ -209,7 +209,7 @@ def test_sparse_rows_turned_round(generator, device):
 
 
 def test_float32_operations_are_those_of_the_reference(device, generator):
-    """Bit for bit: a fused multiplication, or another rounding of a constant, makes other vertices at ties."""
+    """Bit for bit: a fused multiplication or another rounding of a constant makes other vertices."""
     width, (sxy, srgb) = 97, (np.float32(67), np.float32(3))
     pixel = np.arange(width * 71)
     colours = torch.randint(0, 256, (3, len(pixel)), generator=generator).numpy().astype(np.float32) / srgb

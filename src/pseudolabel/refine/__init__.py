@@ -5,10 +5,19 @@ from pseudolabel.refine.coefficient_of_variation import (
     coefficient_of_variation,
     coefficient_of_variation_smoothing,
 )
-from pseudolabel.refine.dense_crf import CRF_PRESETS, DenseCRF, dense_crf, probs_from_mask
+from pseudolabel.refine.dense_crf import (
+    CRF_PRESETS,
+    CRFBackend,
+    CRFSettings,
+    DenseCRF,
+    dense_crf,
+    probs_from_mask,
+)
 
 __all__ = [
     "CRF_PRESETS",
+    "CRFBackend",
+    "CRFSettings",
     "CoefficientOfVariationSmoothing",
     "DenseCRF",
     "coefficient_of_variation",

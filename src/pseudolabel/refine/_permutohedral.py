@@ -194,7 +194,7 @@ class PermutohedralFilter:
         steps = torch.tensor(step_list, dtype=dtype, device=device)
 
         cell = torch.empty(n, dtype=torch.int64, device=device)
-        weight = torch.empty(n, d + 1, device=device)
+        weight = features.new_empty(n, d + 1)
         block = _CPU_BLOCK if device.type == "cpu" else n
         for begin in range(0, n, block):
             part = slice(begin, begin + block)
@@ -245,7 +245,7 @@ def _blurs(vertices: Tensor, steps: Tensor) -> list[_SparseRows]:
     """For each step the matrix that adds half of the vertices before and after to every vertex."""
     count = len(vertices)
     own = torch.arange(count + 1, dtype=torch.int32, device=vertices.device)
-    weight = torch.tensor([1, 0.5, 0.5], device=vertices.device).expand(count + 1, 3).contiguous()
+    weight = torch.tensor([1, 0.5, 0.5], dtype=torch.float32, device=vertices.device).repeat(count + 1, 1)
     blurs = []
     for step in steps:
         wanted = vertices + step

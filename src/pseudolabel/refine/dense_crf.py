@@ -118,7 +118,7 @@ def dense_crf(
     if image.device != probs.device:
         raise ValueError(f"probs: expected the device of image, {image.device}, got {probs.device}")
     check_unit_range(image=image, probs=probs)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         if probs.numel() == 0 or probs.shape[-3] == 1:
             return torch.ones_like(probs)
         problems = probs.reshape(len(probs), -1, *probs.shape[-3:])
@@ -180,7 +180,7 @@ def _mean_field(
 
     # Pixels first, labels last: the lattice moves all labels of a pixel at once.
     pixel_count, channels = height * width, problems * labels
-    logits = torch.empty(images, pixel_count, channels, device=probs.device)
+    logits = pixels.new_empty(images, pixel_count, channels)
     for rows, maps in zip(logits, probs.flatten(1, 2).flatten(2), strict=True):
         for block in _blocks(rows):
             rows[block].copy_(maps[:, block].T).clamp_(1e-5, 1).log_()  # -U
@@ -320,7 +320,8 @@ def probs_from_mask(
             f"mask: expected labels 0 to {num_classes - 1} or {ignore_index}, got {found[:8]} as well"
         )
     shape = (mask.shape[0], num_classes, *mask.shape[1:])
-    probs = torch.full(shape, (1 - confidence) / (num_classes - 1), device=mask.device)
+    other = (1 - confidence) / (num_classes - 1)
+    probs = torch.full(shape, other, dtype=torch.float32, device=mask.device)
     probs.scatter_(1, labels[:, None], confidence)
     return probs.masked_fill_(ignored[:, None], 1 / num_classes)
 
