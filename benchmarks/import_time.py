@@ -8,7 +8,7 @@ PAIRS = 9
 CASES = {
     "import torch": "import torch",
     "import torch, pseudolabel": "import torch, pseudolabel",
-    "the same, all rooms loaded": "import torch, pseudolabel as pl; [getattr(pl, room) for room in pl.__all__]",
+    "the same, all rooms": "import torch, pseudolabel as pl; [getattr(pl, name) for name in pl.__all__]",
 }
 CLOCK = "import time; start = time.process_time(); {}; print(time.process_time() - start)"
 

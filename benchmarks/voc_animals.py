@@ -30,7 +30,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,7 @@ TRAIN_SCALES = (0.5, 1.0)  # two sizes of each photo: the maps will be read off 
 SCALES = (0.25, 0.5, 1.0, 1.5, 2.0)
 WEIGHT_DECAY = 0.1
 BOUNDARY_RADIUS = 3
+THRESHOLDS = [step / 100 for step in range(91)]
 
 Setting = float
 MaskRule = Callable[[Tensor, Tensor, Tensor, Setting], Tensor]
@@ -92,12 +94,11 @@ class Workers:
     def __init__(self, count: int) -> None:
         torch.set_num_threads(1)
         self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self.progress = Progress(*columns, auto_refresh=sys.stderr.isatty(), redirect_stdout=False)
+        self.console = Console(stderr=True)
 
     def map(self, name: str, work: Callable, items: Sequence) -> list:
-        with self.progress:
-            return list(self.progress.track(self.pool.map(work, items), total=len(items), description=name))
+        found = self.pool.map(work, items)
+        return list(track(found, name, len(items), console=self.console, transient=True))
 
 
 # --------------------------------------------------------------------------------------------- classifier
@@ -115,7 +116,7 @@ def load_network(weights: Path, stride: int) -> nn.Module:
 
 
 def _dilate_last_stage(net: nn.Module) -> None:
-    """Features at every 16th pixel: the last stage keeps the resolution, and its filters reach twice as far."""
+    """Features at every 16th pixel: the last stage keeps the size, its filters reach twice as far."""
     first, *rest = net.blocks[13:]
     first.depthwise.stride = (1, 1)
     for block in rest:
@@ -185,7 +186,7 @@ class Way:
     smooth: Callable[[Tensor], Tensor] | None = None
 
 
-def threshold(image: Tensor, cam: Tensor, labels: Tensor, value: float, *, smooth: Callable) -> Tensor:
+def threshold(_image: Tensor, cam: Tensor, _labels: Tensor, value: float, *, smooth: Callable) -> Tensor:
     return pl.masks.scores_to_mask(pl.masks.constant_background(smooth(cam), value))
 
 
@@ -213,20 +214,20 @@ def highest(image: Tensor, cam: Tensor, labels: Tensor, alpha: float, *, crf: De
 
 def ways() -> list[Way]:
     plain, cvs = (lambda cam: cam), pl.refine.coefficient_of_variation_smoothing
-    pmm = DenseCRF(**CRF_PRESETS["pmm"])
-    exponents = (1.0, 1.4, 2.0, 2.8)
-    backgrounds = (0.2, 0.25, 0.3, 0.35, 0.4)
+    pmm, deeplab = (DenseCRF(**CRF_PRESETS[preset]) for preset in ("pmm", "deeplab"))
+    backgrounds = (0.35, 0.42, 0.5)
     return [
         Way("CAM", partial(threshold, smooth=plain), smooth=plain),
         Way("CAM + CRF `psa`", partial(joint_crf, preset="psa"), backgrounds),
         Way("CAM + CRF `deeplab`", partial(joint_crf, preset="deeplab"), backgrounds),
         Way("CVS", partial(threshold, smooth=cvs), smooth=cvs),
-        Way("CVS + PPMG, published α, no CRF", partial(proportional, crf=None), (11.0,)),
-        Way("CVS + PPMG, published α", partial(proportional, crf=pmm), (11.0,)),
-        Way("CVS + PPMG, no CRF", partial(proportional, crf=None), exponents),
-        Way("CVS + PPMG", partial(proportional, crf=pmm), exponents),
-        Way("PPMG without CVS", partial(proportional, crf=pmm, scale=0.0), exponents),
-        Way("CVS + PPMG, highest map for share", partial(highest, crf=pmm), exponents),
+        Way("CVS + PPMG as published, no CRF", partial(proportional, crf=None), (11.0,)),
+        Way("CVS + PPMG as published, CRF `pmm`", partial(proportional, crf=pmm), (11.0,)),
+        Way("CVS + PPMG, no CRF", partial(proportional, crf=None), (0.35, 0.5, 0.7, 1.0, 1.4)),
+        Way("PPMG without CVS, CRF `pmm`", partial(proportional, crf=pmm, scale=0.0), (1.4, 2.0)),
+        Way("CVS + PPMG, CRF `pmm`", partial(proportional, crf=pmm), (1.0, 1.4)),
+        Way("CVS + PPMG, CRF `deeplab`", partial(proportional, crf=deeplab), (0.7, 1.0, 1.4)),
+        Way("the same, highest map wins", partial(highest, crf=deeplab), (1.0, 1.4)),
     ]
 
 
@@ -271,7 +272,7 @@ class Scorer:
         """The setting of the highest mIoU."""
         if way.smooth is not None:
             pairs = ((way.smooth(photo.cam), photo.truth) for photo in photos)
-            return pl.masks.choose_background(pairs).value
+            return pl.masks.choose_background(pairs, candidates=THRESHOLDS).value
         if len(way.candidates) == 1:
             return way.candidates[0]
         self._compute(way, way.candidates, photos)
@@ -308,11 +309,13 @@ def total(scores: Iterable[Score]) -> Score:
 
 def score_way(scorer: Scorer, way: Way, splits: list[tuple[list[Photo], list[Photo]]]) -> dict:
     """Choose on the first part of each split, score the second, add up."""
-    chosen, found = [], []
+    chosen, parts, found = [], [], []
     for choosing, scoring in splits:
         setting = scorer.choose(way, choosing)
         chosen.append(setting)
-        found += zip(scoring, scorer.scores(way, setting, scoring), strict=True)
+        scores = scorer.scores(way, setting, scoring)
+        parts.append(total(scores).miou)
+        found += zip(scoring, scores, strict=True)
     every = total(score for _, score in found)
     by_count = {
         name: [score for photo, score in found if (photo.labels.sum() > 1) == several]
@@ -322,6 +325,7 @@ def score_way(scorer: Scorer, way: Way, splits: list[tuple[list[Photo], list[Pho
         "way": way.name,
         "chosen": chosen,
         "miou": every.miou,
+        "miou_parts": parts,
         **{f"miou_{name}": total(scores).miou if scores else None for name, scores in by_count.items()},
         "background": float(every.iou[0]),
         "boundary_f": every.boundary_f,
@@ -350,7 +354,7 @@ def main() -> None:
     with_masks = [photos for photos in trained if (photos[0].folder / "masks").is_dir()]
     if not with_masks:
         sys.exit(f"no masks/ in {', '.join(map(str, options.train))}: nothing to choose settings on")
-    if options.score is None or options.score == with_masks[0][0].folder:
+    if options.score is None or options.score.resolve() == with_masks[0][0].folder.resolve():
         scored = with_masks[0]
         halves = scored[0::2], scored[1::2]
         splits = [halves, halves[::-1]]
@@ -408,6 +412,8 @@ def arguments() -> argparse.Namespace:
     needed = [
         folder / "labels.csv" for folder in [*options.train, *([options.score] if options.score else [])]
     ]
+    if options.score and not (options.score / "masks").is_dir():
+        sys.exit(f"no masks/ in {options.score}: nothing to score")
     for file in [options.train[0] / "classes.txt", *needed, options.weights / "net.py"]:
         if not file.is_file():
             sys.exit(f"{file} is missing: name the data by PSEUDOLABEL_DATA and PSEUDOLABEL_WEIGHTS")

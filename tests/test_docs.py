@@ -126,6 +126,15 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "cam.make_views": (lambda x: torch.cat([view.flatten() for view in cam_room.make_views(x)]), image),
         "cam.merge_views": (lambda x: cam_room.merge_views([x, x], (16, 24)), cam),
         "cam.multi_scale_cam": (lambda x: cam_room.multi_scale_cam(lambda view: view, x), image),
+        "cam.multi_crop_boxes": (
+            lambda x: cam_room.multi_crop_boxes(tuple(x.shape), crop_size=4, stride=3),
+            counts,
+        ),
+        "cam.multi_crop_cam": (
+            lambda x: cam_room.multi_crop_cam(lambda crop: crop, x, scales=(1.0, 2.0), crop_size=8, stride=6),
+            image,
+        ),
+        "cam.crop_labels": (lambda x: cam_room.crop_labels(x, torch.tensor([[0, 0, 8, 6]])), scores),
         "refine.coefficient_of_variation": (refine.coefficient_of_variation, cam),
         "refine.coefficient_of_variation_smoothing": (refine.coefficient_of_variation_smoothing, cam),
         "refine.dense_crf": (lambda x: refine.dense_crf(image.to(x.dtype), x), scores),

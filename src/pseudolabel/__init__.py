@@ -5,6 +5,7 @@ The rooms of the library load on first use:
 - `pseudolabel.cam`: from a classifier to class activation maps;
 - `pseudolabel.refine`: from maps to better maps;
 - `pseudolabel.masks`: from maps to label maps;
+- `pseudolabel.losses`: training on noisy masks;
 - `pseudolabel.metrics`: from label maps and truth to figures;
 - `pseudolabel.recipes`: each paper's whole way, written with the parts;
 - `pseudolabel.io`: images, labels, masks and maps on disk.
@@ -24,10 +25,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "cam", "io", "masks", "metrics", "recipes", "refine"]
+__all__ = ["__version__", "cam", "io", "losses", "masks", "metrics", "recipes", "refine"]
 
 if TYPE_CHECKING:
-    from pseudolabel import cam, io, masks, metrics, recipes, refine
+    from pseudolabel import cam, io, losses, masks, metrics, recipes, refine
 
 
 def __getattr__(name: str) -> ModuleType:

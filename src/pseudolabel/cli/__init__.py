@@ -1,4 +1,4 @@
-"""The command line: `pseudolabel demo | generate | evaluate | view`.
+"""The command line: `pseudolabel demo | generate | evaluate | view | train`.
 
 Exit codes: 0 all done; 1 done but for the images that were reported; 2 nothing (more) could be done: wrong
 usage, a file that is not what it should be, a folder that cannot be written; 130 interrupted.
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_generate, _add_evaluate, _add_view):
+    for add in (_add_demo, _add_generate, _add_evaluate, _add_view, _add_train):
         # After the command as well; suppressed where absent, so that it does not undo the one above.
         add(commands).add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
@@ -247,6 +247,95 @@ def _add_view(commands: _Commands) -> argparse.ArgumentParser:
         "--classes", metavar="FILE", help="names of the classes, one a line, background first, for the legend"
     )
     add("--limit", type=_count, default=8, metavar="N", help="number of rows (default: 8)")
+    return parser
+
+
+def _add_train(commands: _Commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "train",
+        help="a classifier from image-level labels, or a segmenter from masks",
+        description="A small training loop. OUT gets checkpoint.pt, log.jsonl (a line a step) and "
+        "weights.pt. Run again after it was stopped, it goes on from the checkpoint as if it had not been. "
+        "Under torchrun, each process takes a part of every batch.",
+    )
+    add = parser.add_argument
+    add("job", choices=("classifier", "segmenter"), help="what to train")
+    add("images", metavar="IMAGES", help="folder of photos")
+    add("--labels", metavar="FILE", help="classifier: image-level labels, .csv or .npy, as for generate")
+    add("--allow-pickle", action="store_true", help="read --labels from a .npy file")
+    add("--masks", metavar="DIR", help="segmenter: folder of masks, NAME.png, 255 without loss")
+    add("--list", metavar="FILE", help="train on the images of this list only")
+    add(
+        "--model",
+        required=True,
+        metavar="MODULE:FUNCTION",
+        help="callable without arguments that returns the network as an nn.Module: images (B,3,h,w) to "
+        "logits, (B,classes) of a classifier, (B,1+classes,h',w') of a segmenter",
+    )
+    add("--weights", metavar="FILE", help="weights to begin with (default: those the factory gives it)")
+    add("--out", required=True, metavar="DIR", help="folder of checkpoint, log and weights")
+    add("--overwrite", action="store_true", help="begin anew, whatever OUT holds")
+    add("--epochs", type=_count, default=20, metavar="N", help="times each photo is seen (default: 20)")
+    add(
+        "--batch-size",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="photos a step, over all processes (default: 16)",
+    )
+    add("--crop", type=_count, default=320, metavar="N", help="side of what the network sees (default: 320)")
+    add(
+        "--scales",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the photo's longer side is drawn between these times --crop "
+        "(default: 0.625 1.25 for a classifier, 0.5 2 for a segmenter)",
+    )
+    add("--no-flip", dest="flip", action="store_false", help="do not mirror photos at random")
+    add(
+        "--mean",
+        type=float,
+        nargs=3,
+        default=[0.485, 0.456, 0.406],
+        metavar=("R", "G", "B"),
+        help="as for generate",
+    )
+    add(
+        "--std",
+        type=float,
+        nargs=3,
+        default=[0.229, 0.224, 0.225],
+        metavar=("R", "G", "B"),
+        help="as for generate",
+    )
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd has momentum 0.9 (default: sgd)")
+    add("--lr", type=float, default=0.01, help="learning rate at the start; falls to 0 (default: 0.01)")
+    add("--weight-decay", type=float, default=5e-4, metavar="W", help="(default: 5e-4)")
+    add(
+        "--loss",
+        choices=("ce", "puf"),
+        default="ce",
+        help="segmenter: puf is pretended under-fitting (default: ce)",
+    )
+    add(
+        "--puf-mode",
+        choices=("clamp", "ignore", "pow"),
+        help="what puf does to badly fitted pixels (default: clamp)",
+    )
+    add("--beta", type=float, help="puf: it begins when the mean loss is below (default: 0.5)")
+    add("--k", type=float, help="puf: level, or exponent of pow (default: 0.5)")
+    add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
+    add("--amp", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)")
+    add(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, cuda:1, ... (default: cpu); under torchrun cuda is one each",
+    )
+    add("--workers", type=_count, default=2, metavar="N", help="threads that read photos (default: 2)")
+    add(
+        "--save-every", type=_count, default=200, metavar="N", help="steps between checkpoints (default: 200)"
+    )
     return parser
 
 

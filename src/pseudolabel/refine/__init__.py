@@ -5,23 +5,36 @@ from pseudolabel.refine.coefficient_of_variation import (
     coefficient_of_variation,
     coefficient_of_variation_smoothing,
 )
-from pseudolabel.refine.dense_crf import (
-    CRF_PRESETS,
-    CRFBackend,
-    CRFSettings,
-    DenseCRF,
-    dense_crf,
-    probs_from_mask,
+from pseudolabel.refine.dense_crf import CRF_PRESETS, DenseCRF, dense_crf, probs_from_mask
+from pseudolabel.refine.pixel_correlation import (
+    PixelCorrelation,
+    cam_seed,
+    keep_max_class,
+    pixel_correlation,
+)
+from pseudolabel.refine.random_walk import (
+    RandomWalk,
+    affinity_from_features,
+    affinity_labels,
+    affinity_offsets,
+    random_walk,
 )
 
 __all__ = [
     "CRF_PRESETS",
-    "CRFBackend",
-    "CRFSettings",
     "CoefficientOfVariationSmoothing",
     "DenseCRF",
+    "PixelCorrelation",
+    "RandomWalk",
+    "affinity_from_features",
+    "affinity_labels",
+    "affinity_offsets",
+    "cam_seed",
     "coefficient_of_variation",
     "coefficient_of_variation_smoothing",
     "dense_crf",
+    "keep_max_class",
+    "pixel_correlation",
     "probs_from_mask",
+    "random_walk",
 ]
