@@ -115,7 +115,8 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     truth = torch.randint(0, 4, (2, 8, 12), generator=generator)
     counts = torch.arange(1, 17).view(4, 4)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    cam_room, refine, masks, metrics = pl.cam, pl.refine, pl.masks, pl.metrics
+    cam_room, refine, masks, losses, metrics = pl.cam, pl.refine, pl.masks, pl.losses, pl.metrics
+    affinity = refine.affinity_from_features(image, 3)
     return {
         "cam.class_activation_map": (
             lambda x: cam_room.class_activation_map(x, torch.ones(5, 3, dtype=x.dtype)),
@@ -139,6 +140,12 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "refine.coefficient_of_variation_smoothing": (refine.coefficient_of_variation_smoothing, cam),
         "refine.dense_crf": (lambda x: refine.dense_crf(image.to(x.dtype), x), scores),
         "refine.probs_from_mask": (lambda x: refine.probs_from_mask(x, 4), truth),
+        "refine.cam_seed": (refine.cam_seed, cam),
+        "refine.keep_max_class": (refine.keep_max_class, scores),
+        "refine.pixel_correlation": (lambda x: refine.pixel_correlation(x, image.to(x.dtype)), cam),
+        "refine.affinity_from_features": (lambda x: refine.affinity_from_features(x, 3), image),
+        "refine.affinity_labels": (lambda x: refine.affinity_labels(x, 3), truth),
+        "refine.random_walk": (lambda x: refine.random_walk(x, affinity.to(x.dtype), log_steps=1), scores),
         "masks.constant_background": (lambda x: masks.constant_background(x, 0.2), cam),
         "masks.power_background": (lambda x: masks.power_background(x, 4), cam),
         "masks.scores_to_mask": (masks.scores_to_mask, scores),
@@ -152,6 +159,23 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "masks.slide_logits": (lambda x: masks.slide_logits(lambda crop: crop, x, (6, 6), (4, 4)), image),
         "masks.average_views": (lambda x: masks.average_views([x, x.flip(-1)], tuple(x.shape[2:])), cam),
         "masks.relabel": (lambda x: masks.relabel(image, [x], flip=False, crf=None), cam),
+        "losses.pretended_under_fitting_loss": (
+            lambda x: losses.pretended_under_fitting_loss(x, truth),
+            scores,
+        ),
+        "losses.equivariance_loss": (
+            lambda x: losses.equivariance_loss(x, cam.to(x.dtype).sqrt(), labels),
+            cam,
+        ),
+        "losses.equivariant_cross_loss": (
+            lambda x: losses.equivariant_cross_loss(cam.to(x.dtype), x, labels),
+            scores,
+        ),
+        "losses.min_pooling_loss": (lambda x: losses.min_pooling_loss(x, labels), cam),
+        "losses.affinity_loss": (
+            lambda x: losses.affinity_loss(x, refine.affinity_labels(truth, 2)),
+            affinity[:, :4],
+        ),
         "metrics.confusion_matrix": (lambda x: metrics.confusion_matrix(x, truth, 4), truth),
         "metrics.background_sweep": (lambda x: metrics.background_sweep(x, truth, [0.1, 0.2]), cam),
         "metrics.boundary_counts": (lambda x: metrics.boundary_counts(x, truth, 4), truth),
@@ -181,11 +205,11 @@ FLOATS = {
 def test_precision_table_is_complete() -> None:
     functions = {
         f"{room}.{name}"
-        for room in ("cam", "refine", "masks", "metrics", "recipes")
+        for room in ("cam", "refine", "masks", "losses", "metrics", "recipes")
         for name in getattr(pl, room).__all__
         if callable(value := getattr(getattr(pl, room), name)) and type(value).__name__ == "function"
     }
-    no_tensor = {"masks.choose_background"}
+    no_tensor = {"masks.choose_background", "refine.affinity_offsets"}
     assert set(ROWS) == set(cases()) == functions - no_tensor | {"cam.CAM"}
 
 

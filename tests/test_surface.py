@@ -81,11 +81,14 @@ def test_every_file_says_what_it_exports() -> None:
 def test_promised_names() -> None:
     """What the design promises of the rooms that exist."""
     promised = {
-        "cam": "class_activation_map CAM normalize_cam make_views merge_views multi_scale_cam",
+        "cam": "class_activation_map CAM normalize_cam make_views merge_views multi_scale_cam "
+        "multi_crop_boxes multi_crop_cam",
         "refine": "coefficient_of_variation coefficient_of_variation_smoothing "
         "CoefficientOfVariationSmoothing dense_crf DenseCRF CRF_PRESETS",
         "masks": "constant_background power_background scores_to_mask dual_threshold_mask "
-        "proportional_pseudo_mask ProportionalPseudoMask choose_background",
+        "proportional_pseudo_mask ProportionalPseudoMask choose_background relabel",
+        "losses": "pretended_under_fitting_loss PretendedUnderFittingLoss min_pooling_loss equivariance_loss "
+        "equivariant_cross_loss",
         "metrics": "confusion_matrix iou_from_confusion PseudoLabelMetric background_sweep",
         "recipes": "pmm",
     }

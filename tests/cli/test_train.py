@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_none(job, capsys, harm):
 # Several processes
 
 
-@pytest.mark.parametrize("more", [(), ("--loss", "puf", "--beta", "2.0", "--k", "1.9", "--lr", "0.05")])
+@pytest.mark.parametrize("more", [(), ("--loss", "puf", "--beta", "0.65", "--k", "1.5", "--lr", "0.05")])
 def test_two_processes_are_one(job, data, more):
     """Parts of a batch differ in their number of valid pixels, and in what they would say of the gate."""
     mask = io.read_mask(data.truth / "photo0.png")

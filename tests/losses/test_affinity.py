@@ -26,6 +26,14 @@ def test_hand_computed() -> None:
     assert affinity_loss(affinity, labels).item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_guards_are_those_of_the_official_program() -> None:
+    affinity = torch.tensor(0.3, dtype=torch.float64).view(1, 1, 1, 1)
+    for kind, weight, inside in ((0, 0.25, 0.3 + 1e-5), (1, 0.25, 0.3 + 1e-5), (2, 0.5, 0.7 + 1e-5)):
+        expected = -weight * math.log(inside) / (1 + 1e-5)
+        loss = affinity_loss(affinity, torch.tensor(kind).view(1, 1, 1, 1)).item()
+        assert loss == pytest.approx(expected, rel=1e-7)
+
+
 def test_guards() -> None:
     """An affinity of 0 or 1 and a kind without pairs are finite."""
     affinity, labels = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2), torch.tensor([1, 2]).view(1, 1, 1, 2)
@@ -93,7 +101,6 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_compiles_to_one_graph() -> None:
     affinity, labels = case()
-    torch.compiler.reset()
     compiled = torch.compile(affinity_loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(affinity, labels), affinity_loss(affinity, labels))
 

@@ -199,7 +199,6 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_compiles_to_one_graph() -> None:
     cam1, cam2, refined, labels = case()
-    torch.compiler.reset()
     for function, first, second in (
         (equivariance_loss, cam1, cam2),
         (equivariant_cross_loss, cam1, refined),

@@ -181,6 +181,12 @@ def test_hand_computed() -> None:
     torch.testing.assert_close(pixel_correlation(cam, features).flatten(), expected, atol=1e-4, rtol=0)
 
 
+def test_smaller_maps_are_stretched_from_corner_to_corner() -> None:
+    at_right_angles = torch.eye(4).view(1, 4, 1, 4)
+    refined = pixel_correlation(torch.tensor([[[[0.0, 0.9]]]]), at_right_angles)
+    torch.testing.assert_close(refined.flatten(), torch.tensor([0, 0.3, 0.6, 0.9]), atol=1e-4, rtol=0)
+
+
 def test_opposite_features_do_not_count() -> None:
     cam = torch.tensor([[[[1.0, 0.0]]]])
     refined = pixel_correlation(cam, torch.tensor([[[[1.0, -1.0]]]]))
@@ -290,7 +296,6 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_compiles_to_one_graph(chunk_size: int | None) -> None:
     cam, features = case(dtype=torch.float32)
-    torch.compiler.reset()
     compiled = torch.compile(pixel_correlation, fullgraph=True, backend="eager")
     torch.testing.assert_close(
         compiled(cam, features, chunk_size=chunk_size), pixel_correlation(cam, features)

@@ -184,6 +184,18 @@ def test_inner_pairs_are_some_of_all_pairs() -> None:
     assert dense(inner[0], 5)[0].sum() == 1, "the official pairs leave the first pixel alone"
 
 
+def test_inner_pairs_start_where_the_neighbourhood_is_whole() -> None:
+    starts = affinity_from_features(torch.rand(1, 2, 6, 8), 3, inner_only=True)[0] > 0
+    expected = torch.zeros(6, 8, dtype=torch.bool)
+    expected[:4, 2:6] = True  # two pixels to the left, to the right and below
+    # A radius of 3 wants sides of 7: the 6 rows here make it 2.
+    expected_of_two = torch.zeros(6, 8, dtype=torch.bool)
+    expected_of_two[:5, 1:7] = True
+    assert torch.equal(starts, expected_of_two.expand(4, -1, -1))
+    starts = affinity_from_features(torch.rand(1, 2, 7, 8), 3, inner_only=True)[0] > 0
+    assert torch.equal(starts, torch.cat([expected[:1], expected]).expand(12, -1, -1))
+
+
 @pytest.mark.parametrize(("size", "offsets"), [((11, 12), 34), ((10, 30), 22), ((7, 7), 12), ((5, 9), 4)])
 def test_radius_shrinks_for_inner_pairs(size: tuple[int, int], offsets: int) -> None:
     assert affinity_from_features(torch.rand(1, 2, *size), 5, inner_only=True).shape[1] == offsets
@@ -355,7 +367,6 @@ def test_mask_dtypes(dtype: torch.dtype) -> None:
 def test_compiles_to_one_graph() -> None:
     scores, affinity = case(dtype=torch.float32)
     features, mask = torch.rand(1, 3, 6, 7), torch.randint(0, 3, (1, 6, 7))
-    torch.compiler.reset()
     compiled = torch.compile(random_walk, fullgraph=True, backend="eager")
     torch.testing.assert_close(
         compiled(scores, affinity, log_steps=1), random_walk(scores, affinity, log_steps=1)

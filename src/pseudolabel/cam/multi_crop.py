@@ -17,7 +17,7 @@ from pseudolabel._checks import (
     values_unchecked,
 )
 from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
-from pseudolabel.cam.views import _check_scales
+from pseudolabel.cam.views import check_scales
 
 __all__ = ["crop_labels", "multi_crop_boxes", "multi_crop_cam"]
 
@@ -45,7 +45,8 @@ def multi_crop_boxes(
     all divided by `s` and cut to integers. So all windows but the last of each axis are only ``stride`` wide,
     do not overlap each other, and are magnified more than the scale says; the last row or column of the image
     may lie in no window of a scale. With ``full_windows``, a variant of ours, window i reaches
-    to `i stride + crop_size`, windows overlap, and each scale covers the whole image.
+    to `i stride + crop_size`, ends are rounded up, and the last window ends where the image does: windows
+    overlap, and each scale covers the whole image.
 
     Args:
         size: Size (H,W) of the image.
@@ -242,7 +243,7 @@ def _boxes(
 ) -> list[Box]:
     height, width = size
     _check_at_least_one(**{"size: height": height, "size: width": width}, crop_size=crop_size, stride=stride)
-    _check_scales(scales)
+    check_scales(scales)
     if full_windows and stride > crop_size:
         raise ValueError(f"stride: expected at most crop_size {crop_size} for full windows, got {stride}")
     boxes = []

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pseudolabel._checks import check_choice, check_float, check_labels, check_number, check_shapes
 from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
 
-__all__ = ["FlipMerge", "make_views", "merge_views", "multi_scale_cam"]
+__all__ = ["FlipMerge", "check_scales", "make_views", "merge_views", "multi_scale_cam"]
 
 FlipMerge = Literal["sum", "max"]
 
@@ -42,7 +42,7 @@ def make_views(
     """
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
-    _check_scales(scales)
+    check_scales(scales)
     views = []
     for scale in scales:
         view = _rescale(image, scale)
@@ -151,7 +151,7 @@ def multi_scale_cam(
     """
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
-    _check_scales(scales)
+    check_scales(scales)
     cams: list[Tensor] = []
     for scale in scales:
         views = torch.cat(make_views(image, (scale,), flip))
@@ -161,7 +161,8 @@ def multi_scale_cam(
     return merge_views(cams, (image.shape[2], image.shape[3]), labels, flip=flip, flip_merge=flip_merge)
 
 
-def _check_scales(scales: Sequence[float]) -> None:
+def check_scales(scales: Sequence[float]) -> None:
+    """Check that there are scales, all positive."""
     if not len(scales):
         raise ValueError("scales: expected at least one scale, got none")
     for scale in scales:

@@ -91,6 +91,7 @@ def train(
     about: Mapping[str, Any] | None = None,
     save_every: int = 200,
     workers: int = 2,
+    show: bool = True,
 ) -> list[float]:
     """Train a network where it is, on `count` examples; go on from `out/checkpoint.pt` where there is one.
 
@@ -104,6 +105,7 @@ def train(
         about: Plain values that, like the settings, have to be those of the checkpoint to go on from it.
         save_every: Steps between checkpoints.
         workers: Threads that make examples, one batch ahead.
+        show: Show a progress bar.
 
     Returns:
         The loss of each step of this call.
@@ -139,7 +141,7 @@ def train(
     model.train()
     with (
         _log(out, start) as log,
-        _progress(settings.steps - start) as done,
+        _progress(settings.steps - start, show=show) as done,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         batches = _batches(sample, count, settings, start, workers)
@@ -313,8 +315,8 @@ def _log(out: str | os.PathLike[str] | None, start: int) -> Iterator[Callable[[M
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[], None]]:
-    if not is_first():
+def _progress(steps: int, *, show: bool) -> Iterator[Callable[[], None]]:
+    if not show or not is_first():
         yield lambda: None
         return
     with progress("train", steps) as done:

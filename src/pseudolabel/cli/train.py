@@ -43,7 +43,7 @@ def train_classifier(
         photos: Files of N photos.
         labels: Image-level labels (N,C).
         settings: See `Settings`.
-        files: `out`, `about`, `save_every`, `workers` of `train`.
+        files: `out`, `about`, `save_every`, `workers`, `show` of `train`.
 
     Returns:
         The loss of each step.
@@ -83,7 +83,7 @@ def train_segmenter(
         masks: Files of their masks, 255 where there is no loss.
         settings: See `Settings`.
         loss: `segmentation_loss` with its settings; plain cross-entropy for None.
-        files: `out`, `about`, `save_every`, `workers` of `train`.
+        files: `out`, `about`, `save_every`, `workers`, `show` of `train`.
 
     Returns:
         The loss of each step.

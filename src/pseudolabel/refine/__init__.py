@@ -5,7 +5,14 @@ from pseudolabel.refine.coefficient_of_variation import (
     coefficient_of_variation,
     coefficient_of_variation_smoothing,
 )
-from pseudolabel.refine.dense_crf import CRF_PRESETS, DenseCRF, dense_crf, probs_from_mask
+from pseudolabel.refine.dense_crf import (
+    CRF_PRESETS,
+    CRFBackend,
+    CRFSettings,
+    DenseCRF,
+    dense_crf,
+    probs_from_mask,
+)
 from pseudolabel.refine.pixel_correlation import (
     PixelCorrelation,
     cam_seed,
@@ -22,6 +29,8 @@ from pseudolabel.refine.random_walk import (
 
 __all__ = [
     "CRF_PRESETS",
+    "CRFBackend",
+    "CRFSettings",
     "CoefficientOfVariationSmoothing",
     "DenseCRF",
     "PixelCorrelation",
