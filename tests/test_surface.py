@@ -23,7 +23,10 @@ ROOMS = [name for name in pseudolabel.__all__ if name != "__version__"]
 
 def signature(value: object) -> str:
     """Signature without the places in memory that default objects print."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
+    try:
+        return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
+    except ValueError:  # exceptions have that of a built-in
+        return "(...)"
 
 
 def describe(value: object) -> object:
