@@ -130,7 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="paired runs of each photo")
     parser.add_argument("--peak", nargs=3, metavar=("BACKEND", "SETTING", "LABELS"), help=argparse.SUPPRESS)
+    parser.add_argument("--cuda", action="store_true", help="time batches on a GPU instead")
     arguments = parser.parse_args(argv)
+    if arguments.cuda:
+        report_cuda(arguments.repeats)
+        return
     try:
         import pydensecrf.densecrf  # noqa: F401
     except Exception as error:  # noqa: BLE001 - a broken build raises anything
@@ -207,6 +211,31 @@ def report(repeats: int) -> None:
             largest, quantile = max(v[0] for v in found), max(v[1] for v in found)
             equal = min(v[2] for v in found)
             print(f"| {setting}, {labels} labels | {largest:.1e} | {quantile:.1e} | {equal:.4%} |")
+
+
+def report_cuda(repeats: int, batch: int = 16) -> None:
+    """Batches of one lattice on a GPU, beside the same code on the CPU."""
+    images = torch.cat(photos() * (batch // 4))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batches of {batch} photos.\n")
+    print("| case | ms an image, GPU | ms an image, CPU, 1 thread | labels equal |\n|---|---|---|---|")
+    torch.set_num_threads(1)
+    for setting, bilateral in SETTINGS.items():
+        for labels in LABELS:
+            probs = torch.cat([smooth_probs(labels, seed) for seed in range(batch)])
+            inputs = images.cuda(), probs.cuda(), bilateral
+            result, seconds = _torch(*inputs), []
+            for _ in range(repeats):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                _torch(*inputs)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            few = _torch(images[:4], probs[:4], bilateral)
+            on_cpu = (time.perf_counter() - start) / 4
+            equal = (result[:4].cpu().argmax(1) == few.argmax(1)).double().mean()
+            on_gpu = statistics.median(seconds) / batch
+            print(f"| {setting}, {labels} labels | {1e3 * on_gpu:.1f} | {1e3 * on_cpu:.0f} | {equal:.4%} |")
 
 
 def _differences(

@@ -169,7 +169,8 @@ def train(
                 _save(Path(out) / "checkpoint.pt", _checkpoint(state, step + 1, decisive))
             done()
     if out is not None:
-        _save(Path(out) / "weights.pt", model.state_dict())
+        cpu = {name: value.cpu() for name, value in model.state_dict().items()}
+        _save(Path(out) / "weights.pt", cpu)
     return losses
 
 
