@@ -479,7 +479,9 @@ def test_errors_are_one_line(job, capsys, kind, more, said):
 
 
 def test_wrong_files_are_named(job, data, capsys):
-    io.write_mask(data.truth / "photo3.png", torch.full((40, 48), 9))
+    mask = torch.zeros(40, 48, dtype=torch.uint8)
+    mask[3, 4:6] = torch.tensor([9, 255])
+    io.write_mask(data.truth / "photo3.png", mask)
     assert main(job.segmenter()) == 2
     assert "photo3.png: has label 9, the network has 7 classes" in capsys.readouterr().err
     io.write_mask(data.truth / "photo3.png", torch.zeros(4, 4, dtype=torch.uint8))

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -155,16 +155,16 @@ def run(args: argparse.Namespace) -> int:
         about = {
             "job": args.job,
             "model": args.model,
-            "weights": _digest(Path(args.weights).read_bytes()) if args.weights else None,
-            "photos": _digest(*(path.stem.encode() for path in photos)),
+            "weights": _digest([Path(args.weights).read_bytes()]) if args.weights else None,
+            "photos": _digest(path.stem.encode() for path in photos),
             "puf": puf,
         }
         files = {"out": out, "about": about, "save_every": args.save_every, "workers": args.workers}
         if isinstance(partners, Tensor):
-            about["labels"] = _digest(partners.numpy().tobytes())
+            about["labels"] = _digest([partners.numpy().tobytes()])
             losses = train_classifier(model.to(device), photos, partners, settings, **files)
         else:
-            about["masks"] = _digest(*(path.read_bytes() for path in partners))
+            about["masks"] = _digest(path.read_bytes() for path in partners)
             loss = partial(segmentation_loss, **puf) if puf else None
             losses = train_segmenter(model.to(device), photos, partners, settings, loss, **files)
         if is_first():
@@ -266,7 +266,7 @@ def _processes(name: str) -> Iterator[torch.device]:
     dist.destroy_process_group()  # not after an error: the others may hang in the middle of a step
 
 
-def _digest(*parts: bytes) -> str:
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
