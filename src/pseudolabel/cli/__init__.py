@@ -134,7 +134,7 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         type=float,
         metavar="A",
         help="pmm: exponent of the background; larger gives more foreground "
-        "(default: 11; broad maps want 2 to 4)",
+        "(default: 11; broad maps want less, down to 1)",
     )
     add("--background", type=float, metavar="T", help="cam: score of the background (default: 0.15)")
     add(
@@ -158,23 +158,7 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         help="scales at which the photo is seen (default: 0.5 1 1.5 2)",
     )
     add("--no-flip", dest="flip", action="store_false", help="do not look at the mirrored photo as well")
-    add(
-        "--mean",
-        type=float,
-        nargs=3,
-        default=[0.485, 0.456, 0.406],
-        metavar=("R", "G", "B"),
-        help="the network "
-        "sees (image - mean) / std of an image in [0, 1] (default: ImageNet's, 0.485 0.456 0.406)",
-    )
-    add(
-        "--std",
-        type=float,
-        nargs=3,
-        default=[0.229, 0.224, 0.225],
-        metavar=("R", "G", "B"),
-        help="(default: ImageNet's, 0.229 0.224 0.225)",
-    )
+    _add_normalization(parser)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add(
         "--workers",
@@ -192,6 +176,15 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         help="read --labels from a .npy file, through an unpickler that admits arrays alone",
     )
     return parser
+
+
+def _add_normalization(parser: argparse.ArgumentParser) -> None:
+    for name, default, what in (
+        ("--mean", [0.485, 0.456, 0.406], "the network sees (image - mean) / std of an image in [0, 1] "),
+        ("--std", [0.229, 0.224, 0.225], ""),
+    ):
+        told = f"{what}(default: ImageNet's, {' '.join(map(str, default))})"
+        parser.add_argument(name, type=float, nargs=3, default=default, metavar=("R", "G", "B"), help=told)
 
 
 def _add_evaluate(commands: _Commands) -> argparse.ArgumentParser:
@@ -293,22 +286,7 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
         "(default: 0.625 1.25 for a classifier, 0.5 2 for a segmenter)",
     )
     add("--no-flip", dest="flip", action="store_false", help="do not mirror photos at random")
-    add(
-        "--mean",
-        type=float,
-        nargs=3,
-        default=[0.485, 0.456, 0.406],
-        metavar=("R", "G", "B"),
-        help="as for generate",
-    )
-    add(
-        "--std",
-        type=float,
-        nargs=3,
-        default=[0.229, 0.224, 0.225],
-        metavar=("R", "G", "B"),
-        help="as for generate",
-    )
+    _add_normalization(parser)
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd has momentum 0.9 (default: sgd)")
     add("--lr", type=float, default=0.01, help="learning rate at the start; falls to 0 (default: 0.01)")
     add("--weight-decay", type=float, default=5e-4, metavar="W", help="(default: 5e-4)")
