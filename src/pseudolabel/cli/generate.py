@@ -21,9 +21,9 @@ from pseudolabel import __version__, io, masks, recipes
 from pseudolabel.cam import CAM, make_views, multi_scale_cam, normalize_cam
 from pseudolabel.cli._console import UserError, find_masks, in_threads, read_names, report, report_names
 from pseudolabel.io._atomic import write_atomically
-from pseudolabel.refine import CRF_PRESETS, dense_crf
+from pseudolabel.refine import CRF_PRESETS, DenseCRF, dense_crf
 
-__all__ = ["METHODS", "load_model", "load_weights", "run"]
+__all__ = ["METHODS", "find_device", "load_model", "load_weights", "read_image_labels", "run"]
 
 
 def cam_method(
@@ -36,11 +36,8 @@ def cam_method(
 
 def pmm_method(image: Tensor, cam: Tensor, labels: Tensor, *, alpha: float = 11, crf: bool = True) -> Tensor:
     """Coefficient-of-variation smoothing and proportional masks."""
-    return (
-        recipes.pmm(image, cam, labels, alpha=alpha)
-        if crf
-        else recipes.pmm(image, cam, labels, alpha=alpha, crf=None)
-    )
+    refine = DenseCRF(**CRF_PRESETS["pmm"]) if crf else None
+    return recipes.pmm(image, cam, labels, alpha=alpha, crf=refine)
 
 
 # (image, raw maps, labels, options) -> mask. The options are those that the command line knows.
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the masks that are not there yet; say which photos were skipped."""
     method = METHODS[args.method]
     options = _method_options(args, method)
-    labels = _read_labels(args.labels, args.allow_pickle)
+    labels = read_image_labels(args.labels, args.allow_pickle)
     photos = {path.stem: path for path in io.find_images(args.images)}
     wanted = read_names(args.list) if args.list else sorted(photos.keys() | set(labels.names))
     names = [name for name in wanted if name in photos and name in labels]
@@ -64,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not names:
         raise UserError(f"{args.images}: no photo here goes by a name in {args.labels}")
 
-    device = _device(args.device)
+    device = find_device(args.device)
     model = load_weights(load_model(args.model), args.weights).to(device).eval()
     look = _lens(model, device, args, labels.classes)
     _rehearse(method, options, args.scales)
@@ -231,7 +228,8 @@ def _method_options(args: argparse.Namespace, method: Callable[..., Tensor]) -> 
     return known | given
 
 
-def _read_labels(path: str, allow_pickle: bool) -> io.ImageLabels:
+def read_image_labels(path: str, allow_pickle: bool) -> io.ImageLabels:
+    """Image-level labels from `.csv`, or from `.npy` where that is allowed."""
     if path.endswith(".npy"):
         if not allow_pickle:
             raise UserError(f"{path}: this format is a pickle; read it with --allow-pickle, or give a .csv")
@@ -243,7 +241,8 @@ def _read_labels(path: str, allow_pickle: bool) -> io.ImageLabels:
     return labels
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name, if it can be used here."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

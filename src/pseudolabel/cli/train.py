@@ -27,7 +27,7 @@ from pseudolabel.cli._training import (
     sum_over_processes,
     train,
 )
-from pseudolabel.cli.generate import _device, _read_labels, load_model, load_weights
+from pseudolabel.cli.generate import find_device, load_model, load_weights, read_image_labels
 from pseudolabel.losses import PretendedUnderFittingLoss, UnderFittingMode, pretended_under_fitting_loss
 
 __all__ = ["Settings", "run", "segmentation_loss", "train_classifier", "train_segmenter"]
@@ -192,7 +192,7 @@ def _find_labels(args: argparse.Namespace) -> tuple[list[Path], Tensor, bool]:
     """Photos, their labels (N,C), and whether something was missing."""
     if args.labels is None or args.masks is not None:
         raise UserError("a classifier is trained on --labels FILE, without --masks")
-    labels = _read_labels(args.labels, args.allow_pickle)
+    labels = read_image_labels(args.labels, args.allow_pickle)
     photos, names, missing = _find_photos(args, labels.names, f"a row in {args.labels}")
     return photos, labels.select(names), missing
 
@@ -254,11 +254,11 @@ def _output_shape(model: nn.Module, crop: int) -> tuple[int, ...]:
 def _processes(name: str) -> Iterator[torch.device]:
     """The device of this process, which is one of several under torchrun."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield _device(name)
+        yield find_device(name)
         return
     if name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = _device(name)
+    device = find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
