@@ -15,7 +15,14 @@ import torch
 
 import pseudolabel
 
-BENCHMARKS = ("import_time.py", "background_sweep.py", "dense_crf.py", "random_walk.py")
+BENCHMARKS = (
+    "import_time.py",
+    "background_sweep.py",
+    "dense_crf.py",
+    "random_walk.py",
+    "superpixels.py",
+    "class_conditional.py",
+)
 
 
 def main() -> None:

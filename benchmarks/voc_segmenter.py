@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,13 @@ from pseudolabel.refine import CRF_PRESETS, DenseCRF
 CROP = 320
 VIEWS = 8  # of each training photo: cut out once, so that the frozen features are computed once
 ALPHA = 1.0  # of the masks, from voc_animals.py
+DEEP, FINE = 320, 128  # channels of the features
 INFERENCE_SCALE = 1.25  # longer side in crops, plain and mirrored
 PLAIN = "plain cross-entropy"
+ROWS = ("true", "plain", "puf", "mask", "cycle")
+
+# A further loss, from logits, targets and which (photo, view) pairs they are.
+Extra = Callable[[Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
 
 
 # ------------------------------------------------------------------------------------------------ network
@@ -52,12 +57,12 @@ class Decoder(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         around = nn.Conv2d(96, 96, 3, padding=1)
-        self.deep = nn.Sequential(nn.Conv2d(320, 96, 1), nn.ReLU(), around, nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(DEEP, 96, 1), nn.ReLU(), around, nn.ReLU())
         self.fine = nn.Sequential(nn.Conv2d(32, 32, 1), nn.ReLU())
         self.head = nn.Sequential(nn.Conv2d(128, 64, 1), nn.ReLU(), nn.Conv2d(64, num_classes, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        deep, fine = features.split([320, 128], 1)
+        deep, fine = features.split([DEEP, FINE], 1)
         fine = self.fine(F.pixel_shuffle(fine, 2))
         deep = F.interpolate(self.deep(deep), size=fine.shape[2:], mode="bilinear")
         return self.head(torch.cat([deep, fine], 1))
@@ -73,6 +78,13 @@ def features(net: nn.Module, image: Tensor) -> Tensor:
                 fine = x
         fine = F.pixel_unshuffle(F.pad(fine, (0, fine.shape[3] % 2, 0, fine.shape[2] % 2)), 2)
         return torch.cat([x, fine], 1).half()
+
+
+def saliency(net: nn.Module, image: Tensor) -> Tensor:
+    """Class-agnostic saliency (1,H,W) of a photo, in its size."""
+    deep = features(net, image * 2 - 1)[:, :DEEP].float()
+    found = pl.cam.saliency_from_features(deep)
+    return F.interpolate(found[:, None], size=image.shape[2:], mode="bilinear")[:, 0]
 
 
 class Examples:
@@ -95,33 +107,80 @@ class Examples:
         views = [self._view(image, image[0], photo, view)[0][None] for view in range(VIEWS)]
         return torch.cat([features(net, view) for view in views])
 
-    def targets(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Views (VIEWS,h,w) of each mask, at every 4th pixel."""
+    def views(self, name: str, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The same views (VIEWS,N,h,w) of the N maps (N,H,W) uint8 of each photo, at every 4th pixel.
+
+        They are 255 outside of the photo.
+        """
 
         def work(photo: int) -> Tensor:
-            mask = masks[photo][0]
-            blank = torch.zeros(3, *mask.shape)
-            views = [self._view(blank, mask, photo, view)[1] for view in range(VIEWS)]
-            return torch.stack(views)[:, 2::4, 2::4].to(torch.uint8)
+            blank = torch.zeros(3, *maps[photo].shape[1:])
+            views = [self._view(blank, one, photo, view)[1] for view in range(VIEWS) for one in maps[photo]]
+            views = torch.stack(views)[:, 2::4, 2::4].to(torch.uint8)
+            return views.unflatten(0, (VIEWS, len(maps[photo])))
 
-        return self.workers.map("views of the masks", work, range(len(masks)))
+        return self.workers.map(f"views of the {name}", work, range(len(maps)))
+
+
+class Evidence:
+    """What the mask loss sees beside the masks: saliency and class activation maps of the same views."""
+
+    def __init__(self, examples: Examples, saliency: Sequence[Tensor]) -> None:
+        self.photos = examples.photos
+        self.saliency = examples.views("saliency", [_to_bytes(found) for found in saliency])
+        maps = [_to_bytes(photo.maps[0]) for photo in examples.photos]  # of the present classes
+        self.activation = examples.views("class activation maps", maps)
+
+    def __call__(self, views: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Saliency (B,h,w), activation (B,C,h,w) and labels (B,C) of B (photo, view) pairs."""
+        saliency = torch.cat([_from_bytes(self.saliency[photo][view]) for photo, view in views])
+        labels = torch.cat([self.photos[photo].labels for photo, _ in views])
+        activation = torch.zeros(*labels.shape, *saliency.shape[1:])
+        for place, (photo, view) in enumerate(views):
+            activation[place, labels[place]] = _from_bytes(self.activation[photo][view])
+        return saliency, activation, labels
+
+
+def _to_bytes(maps: Tensor) -> Tensor:
+    return (254 * maps).round().to(torch.uint8)
+
+
+def _from_bytes(maps: Tensor) -> Tensor:
+    return maps.where(maps != 255, 0) / 254
+
+
+def mask_loss(evidence: Evidence, weight: float, **settings: object) -> Extra:
+    def loss(logits: Tensor, target: Tensor, seen: Sequence[tuple[int, int]]) -> Tensor:
+        valid = target != 255
+        return weight * pl.losses.activation_aware_mask_loss(logits, *evidence(seen), valid=valid, **settings)
+
+    return loss
 
 
 def train_decoder(
-    examples: Examples, targets: Sequence[Tensor], num_classes: int, settings: Settings, puf: dict
+    examples: Examples,
+    targets: Sequence[Tensor],
+    num_classes: int,
+    settings: Settings,
+    puf: dict,
+    extra: Extra | None,
 ) -> tuple[Decoder, float]:
     """A new decoder, and the share of the steps in which the gate of pretended under-fitting was open."""
     opened = []
 
     def sample(photo: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         view = int(random.integers(VIEWS))
-        return examples.features[photo][view].float(), targets[photo][view].long()
+        return examples.features[photo][view].float(), torch.tensor([photo, view])
 
-    def loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(logits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        target = torch.cat([targets[photo][view] for photo, view in seen.tolist()]).long()
         if puf:
             plain = pl.losses.pretended_under_fitting_loss(logits.detach(), target, beta=0, mean_over="all")
             opened.append(float(plain) < puf["beta"])
-        return segmentation_loss(logits, target, **puf)
+        total, number = segmentation_loss(logits, target, **puf)
+        if extra is not None:
+            total = total + number * extra(logits, target, seen.tolist())
+        return total, number
 
     decoder = Decoder(num_classes)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -174,9 +233,7 @@ def first_masks(net: nn.Module, photos: list[animals.Photo], workers: animals.Wo
     crf = DenseCRF(**CRF_PRESETS["deeplab"])
 
     def work(photo: animals.Photo) -> Tensor:
-        mask = animals.proportional(photo.image, photo.cam, photo.labels, ALPHA, crf=crf)
-        photo.maps = None
-        return mask
+        return animals.proportional(photo.image, photo.cam, photo.labels, ALPHA, crf=crf)
 
     return workers.map("masks", work, photos)
 
@@ -193,15 +250,20 @@ class Experiment:
         workers: animals.Workers,
     ) -> None:
         self.training, self.scoring, self.options, self.workers = training, scoring, options, workers
+        self.net = net
         self.num_classes = 1 + training[0].labels.shape[1]
         self.examples = Examples(net, training, workers)
         look = partial(inference_features, net)
         self.seen_in_training = workers.map("features of the training photos", look, training)
         self.seen = workers.map("features of the photos to score", look, scoring)
 
-    def train(self, targets: Sequence[Tensor], puf: dict, seed: int) -> tuple[Decoder, float]:
+    def train(self, targets: Sequence[Tensor], row: "Row", seed: int) -> tuple[Decoder, float]:
         settings = Settings(self.options.steps, 16, "adamw", lr=5e-3, weight_decay=1e-2, seed=seed)
-        return train_decoder(self.examples, targets, self.num_classes, settings, puf)
+        return train_decoder(self.examples, targets, self.num_classes, settings, row.puf, row.extra)
+
+    def saliency(self) -> list[Tensor]:
+        """Of the photos to train on, (1,H,W) each."""
+        return self.workers.map("saliency", lambda photo: saliency(self.net, photo.image), self.training)
 
     def score(self, decoder: Decoder) -> float:
         def work(index: int) -> Tensor:
@@ -218,11 +280,12 @@ class Experiment:
 
 @dataclass
 class Row:
-    """A way of training: the masks and the settings of pretended under-fitting, and what came out."""
+    """A way of training: masks, settings of pretended under-fitting, a further loss; and what came out."""
 
     name: str
     masks: list[list[Tensor]]  # of each seed
     puf: dict = field(default_factory=dict)
+    extra: Extra | None = None
     decoders: list[Decoder] = field(default_factory=list)
     open: list[float] = field(default_factory=list)
     masks_miou: list[float] = field(default_factory=list)
@@ -232,7 +295,7 @@ class Row:
 def run(experiment: Experiment, rows: Sequence[Row]) -> None:
     """Train and score a decoder for each seed."""
     different = {id(masks): masks for row in rows for masks in row.masks}
-    targets = {key: experiment.examples.targets(masks) for key, masks in different.items()}
+    targets = {key: experiment.examples.views("masks", masks) for key, masks in different.items()}
     quality = {
         key: miou(masks, experiment.training, experiment.num_classes) for key, masks in different.items()
     }
@@ -240,7 +303,7 @@ def run(experiment: Experiment, rows: Sequence[Row]) -> None:
 
     def work(job: tuple[Row, int]) -> tuple[Decoder, float]:
         row, seed = job
-        return experiment.train(targets[id(row.masks[seed])], row.puf, seed)
+        return experiment.train(targets[id(row.masks[seed])], row, seed)
 
     for (row, seed), (decoder, share) in zip(jobs, experiment.workers.map("train", work, jobs), strict=True):
         row.decoders.append(decoder)
@@ -251,24 +314,44 @@ def run(experiment: Experiment, rows: Sequence[Row]) -> None:
 
 
 def all_rows(experiment: Experiment, masks: list[Tensor]) -> list[Row]:
+    """Train the rows that are asked for, and return them."""
     options = experiment.options
-    truth = [photo.truth for photo in experiment.training]
     settings = {"beta": options.beta, "k": options.k}
     every = [masks] * options.seeds
     plain = Row(PLAIN, every)
     clamp, power = (Row(f"PUF `{mode}`", every, {"mode": mode, **settings}) for mode in ("clamp", "pow"))
     ignore = Row("PUF `ignore`", [masks], {"mode": "ignore", **settings})  # the first seed alone
+    truth = [photo.truth for photo in experiment.training]
     bound = Row("true masks, " + PLAIN, [truth] * options.seeds)
-    run(experiment, [bound, plain, clamp, ignore, power])
-    # `clamp` and `ignore` have one gradient, so they give one network.
-    one, other = (row.decoders[0].state_dict().values() for row in (clamp, ignore))
-    assert all(map(torch.equal, one, other))
-    cycles = [
-        Row(f"relabelled by {row.name}", [experiment.relabelled(decoder) for decoder in row.decoders])
-        for row in (plain, clamp)
+    groups = {"true": [bound], "plain": [plain], "puf": [clamp, ignore, power]}
+    if "mask" in options.rows:
+        groups["mask"] = mask_loss_rows(experiment, every)
+    rows = [row for name, group in groups.items() if name in options.rows for row in group]
+    run(experiment, rows)
+    if "puf" in options.rows:  # `clamp` and `ignore` have one gradient, so they give one network
+        one, other = (row.decoders[0].state_dict().values() for row in (clamp, ignore))
+        assert all(map(torch.equal, one, other))
+    if "cycle" in options.rows:
+        cycles = [
+            Row(f"relabelled by {row.name}", [experiment.relabelled(decoder) for decoder in row.decoders])
+            for row in (plain, clamp)
+            if row.decoders
+        ]
+        run(experiment, cycles)
+        rows += cycles
+    return rows
+
+
+def mask_loss_rows(experiment: Experiment, every: list[list[Tensor]]) -> list[Row]:
+    evidence = Evidence(experiment.examples, experiment.saliency())
+    return [
+        Row(
+            f"plain + mask loss `{mode}`",
+            every,
+            extra=mask_loss(evidence, experiment.options.weight, mode=mode),
+        )
+        for mode in ("none", "ignore", "complete")
     ]
-    run(experiment, cycles)
-    return [bound, plain, clamp, ignore, power, *cycles]
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -337,14 +420,19 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--train", type=Path, default=data, help="folder of photos to train on")
     parser.add_argument("--score", type=Path, help="folder to score (default: half of the one to train on)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, help="of the table (default: all; plain always)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="decoders of each row")
     parser.add_argument("--steps", type=int, default=250, help="of training")
     parser.add_argument("--beta", type=float, default=0.5, help="of pretended under-fitting")
     parser.add_argument("--k", type=float, default=0.5, help="of pretended under-fitting")
+    parser.add_argument("--weight", type=float, default=1.0, help="of the mask loss")
     parser.add_argument("--limit", type=int, help="photos of each folder, for a quick look")
     parser.add_argument("--workers", type=int, default=2, help="threads")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    options.rows = {"plain", *options.rows}
     options.weights = Path(os.environ.get("PSEUDOLABEL_WEIGHTS", animals.SHARED / "weights"))
     scored = options.score or options.train
     for path in (options.train / "classes.txt", scored / "masks", options.weights / "net.py"):

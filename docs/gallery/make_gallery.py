@@ -91,6 +91,15 @@ def show_photo(ax: Axes, image: Tensor, title: str) -> None:
     ax.set_title(title)
 
 
+def show_borders(ax: Axes, ids: Tensor) -> None:
+    """Draw the borders of regions (H,W) over a photo."""
+    border = torch.zeros_like(ids, dtype=torch.bool)
+    border[1:] |= ids[1:] != ids[:-1]
+    border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    line = torch.tensor([1.0, 1.0, 0.3, 1.0]) * border[..., None]
+    ax.imshow(line.numpy(), interpolation="nearest")
+
+
 def show_map(ax: Axes, cam: Tensor, title: str, low: float = 0.0, high: float = 1.0) -> None:
     """A map (H,W) from dark (low) to bright (high), with its scale."""
     drawn = ax.imshow(cam.numpy(), cmap="viridis", vmin=low, vmax=high)
@@ -259,6 +268,50 @@ def dual_threshold() -> Figure:
     return figure
 
 
+def superpixels() -> Figure:
+    """Regions of a photo, and signed scores before and after they are made constant on them."""
+    image, cam = coffee()
+    scores = cam[:, CUP : CUP + 1] - 3  # such as those of a discriminator: 0 is the border
+    height, width = image.shape[2:]
+    y, x = torch.meshgrid(
+        torch.linspace(-0.3, 0.3, height), torch.linspace(-0.45, 0.45, width), indexing="ij"
+    )
+    looks = torch.cat([image - 0.5, torch.stack([y, x])[None]], 1)  # in place of a network's features
+    fine = pl.refine.felzenszwalb_superpixels(image)
+    coarse = pl.refine.merge_superpixels(fine, pl.refine.region_mean(looks, fine), max_regions=32)
+    refined = pl.refine.superpixel_refine(scores, coarse, torch.ones(1, 1))
+    limit = float(scores.abs().max().ceil())
+    figure, axes = panels(2, 3, height / width)
+    rows = (fine, "Felzenszwalb", scores, "signed scores"), (coarse, "merged", refined, "constant on regions")
+    for line, (ids, program, maps, name) in zip(axes, rows, strict=True):
+        show_photo(line[0], image, f"{program}: {int(ids.max()) + 1} regions")
+        show_borders(line[0], ids[0])
+        show_map(line[1], maps[0, 0], name, -limit, limit)
+        mask = pl.masks.scores_to_mask(F.pad(maps, (0, 0, 0, 0, 1, 0)))
+        show_mask(line[2], image, mask[0], "above 0")
+    return figure
+
+
+def matting() -> Figure:
+    """A trimap, the mattes of the closed form, and the masks of several methods."""
+    image, cam = coffee()
+    cam, labels = pl.cam.normalize_cam(cam), torch.ones(1, 2)
+    trimap = pl.masks.trimap_from_cam(cam, labels, **pl.masks.TRIMAP_PRESETS["scd"])
+    unknown = (trimap == 0.5).any(1)
+    sure = pl.masks.alpha_to_mask(trimap).masked_fill(unknown, 255)
+    alpha = pl.matting.closed_form_matting(image, trimap)
+    figure, axes = panels(2, 4, image.shape[2] / image.shape[3])
+    show_photo(axes[0, 0], image, "photo: cup, spoon")
+    show_mask(axes[0, 1], image, sure[0], "trimap")
+    show_map(axes[0, 2], alpha[0, CUP], "matte of the cup")
+    show_map(axes[0, 3], alpha[0, SPOON], "matte of the spoon")
+    for ax, method in zip(axes[1], ("closed_form", "random_walk", "knn", "guided_filter"), strict=True):
+        alpha = pl.matting.MattingRefiner(method)(image, trimap)
+        show_mask(ax, image, pl.masks.alpha_to_mask(alpha)[0], method)
+    legend(figure, {1: "cup", 2: "spoon", 255: "unknown"})
+    return figure
+
+
 PICTURES = {
     "normalisation": normalisation,
     "smoothing": smoothing,
@@ -266,6 +319,8 @@ PICTURES = {
     "proportional": proportional,
     "crf": crf,
     "dual_threshold": dual_threshold,
+    "matting": matting,
+    "superpixels": superpixels,
 }
 
 

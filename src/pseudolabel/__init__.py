@@ -5,6 +5,8 @@ The rooms of the library load on first use:
 - `pseudolabel.cam`: from a classifier to class activation maps;
 - `pseudolabel.refine`: from maps to better maps;
 - `pseudolabel.masks`: from maps to label maps;
+- `pseudolabel.matting`: from an image and a trimap to mattes;
+- `pseudolabel.heads`: trainable heads beside a classifier;
 - `pseudolabel.losses`: training on noisy masks;
 - `pseudolabel.metrics`: from label maps and truth to figures;
 - `pseudolabel.recipes`: each paper's whole way, written with the parts;
@@ -25,10 +27,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "cam", "io", "losses", "masks", "metrics", "recipes", "refine"]
+__all__ = ["__version__", "cam", "heads", "io", "losses", "masks", "matting", "metrics", "recipes", "refine"]
 
 if TYPE_CHECKING:
-    from pseudolabel import cam, io, losses, masks, metrics, recipes, refine
+    from pseudolabel import cam, heads, io, losses, masks, matting, metrics, recipes, refine
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pseudolabel import io, masks, recipes
-from pseudolabel.cam import CAM, multi_scale_cam, normalize_cam
+from pseudolabel.cam import CAM, infer_response_map, multi_scale_cam, normalize_cam
 from pseudolabel.cli import main
 from pseudolabel.cli.demo import classifier
 from pseudolabel.cli.generate import load_model, load_weights
@@ -63,6 +63,29 @@ def test_masks_are_those_of_the_parts(data, more, expected):
         wanted = expected(*maps_of(data, name))[0]
         # With a CRF, absent classes are labels of probability 1e-5 there, and no labels at all here.
         assert (mask == wanted).double().mean() > (0.97 if "--crf" in more else 1 - 1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("more", "background", "settings"),
+    [
+        ([], 0.2, {"scales": (1.0,)}),
+        (["--background", "0.5", "--scales", "1", "0.5"], 0.5, {"scales": (1.0, 0.5)}),
+        (["--no-flip"], 0.2, {"scales": (1.0,), "flip": False}),
+    ],
+)
+def test_infercam(data, more, background, settings):
+    cams = data.root / "cams"
+    assert main(data.generate("--method", "infercam", "--save-cams", str(cams), *more)) == 0
+    for name in data.names:
+        image = io.read_image(data.images / f"{name}.png")[None]
+        labels = io.read_labels(data.csv)[name][None]
+        cam = CAM(load_weights(classifier(), data.weights))
+        maps = infer_response_map(cam, (image - MEAN) / STD, labels, **settings).response
+        wanted = masks.scores_to_mask(masks.constant_background(normalize_cam(maps), background))[0]
+        # The present classes alone, and all: rounding may differ.
+        assert (io.read_mask(data.out / f"{name}.png") == wanted).double().mean() > 0.999, name
+        stored = io.read_cam(cams / f"{name}.npz").dense(7).float()
+        assert (stored - maps[0]).abs().mean() < 1e-3
 
 
 def test_scales_flip_mean_and_std_reach_the_network(data):
@@ -366,6 +389,7 @@ def test_weights_that_cannot_be_read(data, capsys, kind, monkeypatch):
         (["--device", "toaster"], "--device"),
         (["--background", "0.2"], "--background: not an option of --method pmm"),
         (["--method", "cam", "--alpha", "2"], "--alpha: not an option of --method cam"),
+        (["--method", "infercam", "--alpha", "2"], "--alpha: not an option of --method infercam"),
         (["--alpha", "-1"], "alpha"),
     ],
 )

@@ -124,10 +124,11 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
     add("--out", required=True, metavar="DIR", help="folder of the masks")
     add(
         "--method",
-        choices=("cam", "pmm"),
+        choices=("cam", "infercam", "pmm"),
         default="pmm",
-        help="pmm: coefficient-of-variation smoothing and "
-        "proportional masks; cam: the maps against a constant background (default: pmm)",
+        help="pmm: coefficient-of-variation smoothing and proportional masks; cam: the maps against a "
+        "constant background; infercam: maps of class-conditional inference, which takes many times longer, "
+        "against a constant background (default: pmm)",
     )
     add(
         "--alpha",
@@ -136,12 +137,17 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         help="pmm: exponent of the background; larger gives more foreground "
         "(default: 11; broad maps want less, down to 1)",
     )
-    add("--background", type=float, metavar="T", help="cam: score of the background (default: 0.15)")
+    add(
+        "--background",
+        type=float,
+        metavar="T",
+        help="cam, infercam: score of the background (default: 0.15, 0.2)",
+    )
     add(
         "--crf",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="refine with a dense CRF (default: pmm does, cam does not)",
+        help="refine with a dense CRF (default: pmm does, cam and infercam do not)",
     )
     add(
         "--layer",

@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel import __version__, io, masks, recipes
-from pseudolabel.cam import CAM, make_views, multi_scale_cam, normalize_cam
+from pseudolabel.cam import CAM, infer_response_map, make_views, multi_scale_cam, normalize_cam
 from pseudolabel.cli._console import UserError, find_masks, in_threads, read_names, report, report_names
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.refine import CRF_PRESETS, DenseCRF, dense_crf
@@ -41,7 +42,11 @@ def pmm_method(image: Tensor, cam: Tensor, labels: Tensor, *, alpha: float = 11,
 
 
 # (image, raw maps, labels, options) -> mask. The options are those that the command line knows.
-METHODS: dict[str, Callable[..., Tensor]] = {"cam": cam_method, "pmm": pmm_method}
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "cam": cam_method,
+    "infercam": partial(cam_method, background=0.2),
+    "pmm": pmm_method,
+}
 
 SETTINGS = "pseudolabel.json"
 
@@ -135,8 +140,14 @@ def _lens(
                 )
             return maps[:, present]
 
+        normalized = (image - mean) / std
         try:
-            return multi_scale_cam(present_maps, (image - mean) / std, None, args.scales, args.flip)
+            if args.method == "infercam":
+                labels = torch.ones(1, len(present), device=device)
+                return infer_response_map(
+                    present_maps, normalized, labels, scales=args.scales, flip=args.flip
+                ).response
+            return multi_scale_cam(present_maps, normalized, None, args.scales, args.flip)
         finally:
             extractors.put(cam)
 

@@ -1,5 +1,12 @@
 """Training on noisy masks, and the losses of the networks that make them."""
 
+from pseudolabel.losses.activation_aware_mask import (
+    ActivationAwareMaskLoss,
+    ActivationAwareMode,
+    EmptySaliency,
+    activation_aware_mask_loss,
+    refine_saliency_target,
+)
 from pseudolabel.losses.affinity import affinity_loss
 from pseudolabel.losses.equivariance import (
     EquivarianceLoss,
@@ -15,14 +22,19 @@ from pseudolabel.losses.pretended_under_fitting import (
 )
 
 __all__ = [
+    "ActivationAwareMaskLoss",
+    "ActivationAwareMode",
+    "EmptySaliency",
     "EquivarianceLoss",
     "EquivariantCrossLoss",
     "MinPoolingLoss",
     "PretendedUnderFittingLoss",
     "UnderFittingMode",
+    "activation_aware_mask_loss",
     "affinity_loss",
     "equivariance_loss",
     "equivariant_cross_loss",
     "min_pooling_loss",
     "pretended_under_fitting_loss",
+    "refine_saliency_target",
 ]

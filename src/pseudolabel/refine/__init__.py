@@ -26,6 +26,13 @@ from pseudolabel.refine.random_walk import (
     affinity_offsets,
     random_walk,
 )
+from pseudolabel.refine.superpixels import (
+    felzenszwalb_superpixels,
+    merge_superpixels,
+    region_mean,
+    slic_superpixels,
+    superpixel_refine,
+)
 
 __all__ = [
     "CRF_PRESETS",
@@ -42,8 +49,13 @@ __all__ = [
     "coefficient_of_variation",
     "coefficient_of_variation_smoothing",
     "dense_crf",
+    "felzenszwalb_superpixels",
     "keep_max_class",
+    "merge_superpixels",
     "pixel_correlation",
     "probs_from_mask",
     "random_walk",
+    "region_mean",
+    "slic_superpixels",
+    "superpixel_refine",
 ]
