@@ -195,8 +195,10 @@ def measure(net: nn.Module, image: Tensor, labels: Tensor, threads: int, repeats
         middle = clock()
         response, passes = loop(image, labels)
         pairs.append((middle - start, clock() - middle))
-        # By rounding, a pixel at the threshold may fall to either side, and the next pass sees that.
-        assert (ours.response - response).abs().amax(1).mean() < 1e-2
+        # A pixel at the threshold may fall to either side by rounding, and random networks make much of that
+        # in the passes after it: of an image in four at most.
+        same = (ours.response - response).abs().amax((1, 2, 3)) < 1e-3
+        assert same.double().mean() >= 0.75, same
     return pairs, passes.double().mean().item()
 
 

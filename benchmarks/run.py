@@ -22,6 +22,7 @@ BENCHMARKS = (
     "random_walk.py",
     "superpixels.py",
     "class_conditional.py",
+    "matting.py",
 )
 
 

@@ -17,6 +17,7 @@ weights are found as in `voc_animals.py`.
 import argparse
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -40,7 +41,7 @@ SIDES = (288, 384)  # every photo is brought to these, across or upright
 REGIONS = 64
 HIDDEN = 256
 BATCH = 16
-WARMUP_EPOCHS = 2
+WARMUP_EPOCHS = 1
 HEAD_LR, TAIL_LR = 1e-3, 1e-4
 CRFS = ("psa", "deeplab")
 FIGURES = ("miou", "miou_one", "miou_several", "background", "boundary_f")
@@ -234,32 +235,27 @@ def cut_at_zero(photo: animals.Photo, maps: Maps, *, name: str) -> Tensor:
     return pl.masks.scores_to_mask(F.pad(scores, (0, 0, 0, 0, 1, 0)))
 
 
-def seed(photo: animals.Photo, maps: Maps, *, crf: DenseCRF | None = None) -> Tensor:
-    """Seeds as published; what they leave out counts as background."""
-    mask = pl.recipes.icd(photo.image, maps["top-down"], maps["cam"], photo.labels, crf=crf)
-    return mask.masked_fill(mask == 255, 0)
+def seeds(photo: animals.Photo, maps: Maps, *, crf: DenseCRF | None = None) -> Tensor:
+    """Seeds of the classes that the photo is labelled with; what they leave out counts as background."""
+    present = photo.labels[0].nonzero()[:, 0]
+    logits, cam = maps["top-down"][:, present], maps["cam"][:, present]
+    mask = pl.recipes.icd(photo.image, logits, cam, torch.ones(1, len(present)), crf=crf)
+    return torch.cat([present.new_zeros(1), present + 1])[mask.where(mask != 255, 0)]
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way from maps to a mask without any setting to choose."""
+def zero_ways() -> dict[str, MaskRule]:
+    """Ways from maps to a mask, without any setting to choose."""
+    return {
+        "bottom-up": partial(cut_at_zero, name="bottom-up"),
+        "bottom-up, superpixels": partial(cut_at_zero, name="superpixels"),
+        "top-down": partial(cut_at_zero, name="top-down"),
+        "seeds": seeds,
+    }
 
-    name: str
-    rule: MaskRule
-    every_seed: bool = True
 
-
-def ways() -> list[Way]:
-    crfs = [
-        Way(f"seeds + CRF `{name}`", partial(seed, crf=DenseCRF(**CRF_PRESETS[name])), False) for name in CRFS
-    ]
-    return [
-        Way("bottom-up", partial(cut_at_zero, name="bottom-up")),
-        Way("bottom-up, superpixels", partial(cut_at_zero, name="superpixels")),
-        Way("top-down", partial(cut_at_zero, name="top-down")),
-        Way("seeds", seed),
-        *crfs,
-    ]
+def crf_ways() -> dict[str, MaskRule]:
+    """Slow ones."""
+    return {f"seeds + CRF `{name}`": partial(seeds, crf=DenseCRF(**CRF_PRESETS[name])) for name in CRFS}
 
 
 class Scores:
@@ -289,37 +285,39 @@ class Scores:
         size = example.photo.truth.shape[1:]
         example.photo.maps = F.interpolate(cam, size=size, mode="bilinear")
 
-    def add(self, name: str, models: Sequence[Model]) -> None:
-        """All ways of each model."""
+    def add(self, name: str, models: Sequence[Model], *, crf: bool) -> None:
+        """All ways of each model, those with a CRF of the first one at most."""
         for number, model in enumerate(models):
-            for way in ways():
-                if number == 0 or way.every_seed:
-                    counts = self.workers.map(way.name, partial(self._count, model, way), self.scored)
-                    self._add(f"{name}: {way.name}", self._figures(counts))
+            rules = zero_ways() | crf_ways() if crf and number == 0 else zero_ways()
+            found = self.workers.map(f"masks, {name}", partial(self._count, model, rules), self.scored)
+            for way in rules:
+                self._add(f"{name}: {way}", self._figures([counts[way] for counts in found]))
 
-    def _count(self, model: Model, way: Way, example: Example) -> animals.Score:
-        with torch.no_grad():
-            mask = way.rule(example.photo, maps_of(model, example))
-        truth = example.photo.truth
-        confusion = pl.metrics.confusion_matrix(mask, truth, self.num_classes)
-        boundary = pl.metrics.boundary_counts(mask, truth, self.num_classes, radius=animals.BOUNDARY_RADIUS)
-        return animals.Score(confusion, boundary, 0.0)
+    def _count(self, model: Model, rules: dict[str, MaskRule], example: Example) -> dict[str, animals.Score]:
+        maps, truth, counts = maps_of(model, example), example.photo.truth, {}
+        for way, rule in rules.items():
+            mask = rule(example.photo, maps)
+            confusion = pl.metrics.confusion_matrix(mask, truth, self.num_classes)
+            boundary = pl.metrics.boundary_counts(
+                mask, truth, self.num_classes, radius=animals.BOUNDARY_RADIUS
+            )
+            counts[way] = animals.Score(confusion, boundary, 0.0)
+        return counts
 
     def _figures(self, counts: Sequence[animals.Score]) -> dict[str, float]:
-        several = [bool(example.photo.labels.sum() > 1) for example in self.scored]
-        parts = [
-            animals.total(score for score, many in zip(counts, several, strict=True) if many == wanted).miou
-            for wanted in (False, True)
-        ]
+        parts: dict[bool, list[animals.Score]] = {False: [], True: []}
+        for example, score in zip(self.scored, counts, strict=True):
+            parts[bool(example.photo.labels.sum() > 1)].append(score)
+        one, several = (animals.total(part).miou if part else math.nan for part in parts.values())
         every = animals.total(counts)
-        figures = (every.miou, *parts, float(every.iou[0]), every.boundary_f)
+        figures = (every.miou, one, several, float(every.iou[0]), every.boundary_f)
         return dict(zip(FIGURES, figures, strict=True)) | {"iou": every.iou.tolist()}
 
     def _add(self, name: str, figures: dict) -> None:
         row = self.rows.setdefault(name, {figure: [] for figure in (*FIGURES, "iou")})
         for figure, values in row.items():
-            values.append(figures[figure])
-        print(name, *(f"{figures[figure]:.3f}" for figure in FIGURES), file=sys.stderr)
+            values.append(math.nan if figures[figure] is None else figures[figure])
+        print(name, *(f"{row[figure][-1]:.3f}" for figure in FIGURES), file=sys.stderr)
 
     def table(self) -> Iterator[str]:
         yield "| way | mIoU | one class | several | background | boundary F |"
@@ -346,7 +344,7 @@ def main() -> None:
 
         workers.map(f"train, {name}", learn, seeds)
         scores.add_cam(f"{name}: CAM", models[: 1 if base is None else None])
-        scores.add(name, models)
+        scores.add(name, models, crf=base is None)
     print(
         f"\n{len(photos)} photos to train on, {len(scored)} scored; maps masked by the true image labels\n"
         f"{options.epochs} epochs frozen, {options.tune_epochs} tuned; "
@@ -369,7 +367,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="folder of the photos")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind")
     parser.add_argument("--epochs", type=int, default=4, help="of the head beside the frozen network")
-    parser.add_argument("--tune-epochs", type=int, default=4, help="with the last blocks; 0 leaves them out")
+    parser.add_argument("--tune-epochs", type=int, default=2, help="with the last blocks; 0 leaves them out")
     parser.add_argument("--limit", type=int, help="photos of each folder, for a quick look")
     parser.add_argument("--workers", type=int, default=2, help="threads")
     parser.add_argument("--json", type=Path, help="write the figures here")

@@ -4,8 +4,9 @@
 
 Photos, classifier, halves and scores are those of `voc_animals.py`, whose options `--train` and `--limit` and
 whose environment variables are the same here. Maps from one scale, from several, and from class-conditional
-inference at those same scales are scored against a threshold, and followed by smoothing and proportional masks
-(with the CRF `deeplab`). `--variants` adds rows that change the inference, and leaves out what follows the maps.
+inference at those same scales are scored against a threshold, and followed by smoothing and proportional
+masks (with the CRF `deeplab`). `--variants` adds rows that change the inference, and leaves out what follows
+the maps.
 """
 
 import argparse

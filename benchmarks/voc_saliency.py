@@ -22,7 +22,7 @@ import torch
 import voc_animals as animals
 from torch import Tensor, nn
 from torch.nn import functional as F
-from voc_segmenter import DEEP, features, saliency
+from voc_segmenter import DEEP, features, saliency, sharpened
 
 import pseudolabel as pl
 from pseudolabel.refine import CRF_PRESETS, DenseCRF
@@ -74,8 +74,7 @@ def last_layer(net: nn.Module, photo: animals.Photo) -> Tensor:
 
 
 def with_crf(net: nn.Module, crf: DenseCRF, photo: animals.Photo) -> Tensor:
-    found = saliency(net, photo.image)
-    return crf(photo.image, torch.stack([1 - found, found], 1))[:, 1]
+    return sharpened(saliency(net, photo.image), photo.image, crf)
 
 
 def in_size(found: Tensor, photo: animals.Photo) -> Tensor:

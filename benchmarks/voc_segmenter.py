@@ -87,6 +87,11 @@ def saliency(net: nn.Module, image: Tensor) -> Tensor:
     return F.interpolate(found[:, None], size=image.shape[2:], mode="bilinear")[:, 0]
 
 
+def sharpened(found: Tensor, image: Tensor, crf: DenseCRF) -> Tensor:
+    """Saliency (1,H,W) after a CRF of two labels."""
+    return crf(image, torch.stack([1 - found, found], 1))[:, 1].clamp(0, 1)
+
+
 class Examples:
     """Features of the fixed views of the training photos, and the same views of any masks of theirs."""
 
@@ -265,6 +270,14 @@ class Experiment:
         """Of the photos to train on, (1,H,W) each."""
         return self.workers.map("saliency", lambda photo: saliency(self.net, photo.image), self.training)
 
+    def sharpened(self, found: Sequence[Tensor]) -> list[Tensor]:
+        crf = DenseCRF(**CRF_PRESETS["deeplab"])
+
+        def work(index: int) -> Tensor:
+            return sharpened(found[index], self.training[index].image, crf)
+
+        return self.workers.map("saliency, CRF", work, range(len(found)))
+
     def score(self, decoder: Decoder) -> float:
         def work(index: int) -> Tensor:
             return predict(decoder, self.seen[index], self.scoring[index])
@@ -343,15 +356,21 @@ def all_rows(experiment: Experiment, masks: list[Tensor]) -> list[Row]:
 
 
 def mask_loss_rows(experiment: Experiment, every: list[list[Tensor]]) -> list[Row]:
-    evidence = Evidence(experiment.examples, experiment.saliency())
-    return [
-        Row(
-            f"plain + mask loss `{mode}`",
-            every,
-            extra=mask_loss(evidence, experiment.options.weight, mode=mode),
-        )
-        for mode in ("none", "ignore", "complete")
-    ]
+    """With saliency as it is, and sharpened by a dense CRF."""
+    found = experiment.saliency()
+    sharp = experiment.sharpened(found)
+    rows = []
+    for name, seen in (("", found), (", CRF", sharp)):
+        evidence = Evidence(experiment.examples, seen)
+        rows += [
+            Row(
+                f"plain + mask loss `{mode}`{name}",
+                every,
+                extra=mask_loss(evidence, experiment.options.weight, mode=mode),
+            )
+            for mode in ("none", "ignore", "complete")
+        ]
+    return rows
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,8 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     cam_room, refine, masks, losses, metrics = pl.cam, pl.refine, pl.masks, pl.losses, pl.metrics
     heads, directions = pl.heads, cam[0, :, 0, :3]
+    trimap = (cam * 3).floor() / 2
+    matting_network = lambda x: SimpleNamespace(alphas=x[:, 3:])  # noqa: E731
     affinity = refine.affinity_from_features(image, 3)
     return {
         "cam.class_activation_map": (
@@ -177,9 +180,41 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             cam,
         ),
         "masks.icd_seed": (lambda x: masks.icd_seed(x - 0.5, cam.to(x.dtype), labels), cam),
+        "masks.trimap_from_cam": (lambda x: masks.trimap_from_cam(x, labels), cam),
+        "masks.trimap_from_mask": (lambda x: masks.trimap_from_mask(x, 4, erode=1), truth),
+        "masks.trimap_areas": (lambda x: masks.trimap_areas(x).foreground, cam),
+        "masks.alpha_to_mask": (masks.alpha_to_mask, cam),
         "masks.slide_logits": (lambda x: masks.slide_logits(lambda crop: crop, x, (6, 6), (4, 4)), image),
         "masks.average_views": (lambda x: masks.average_views([x, x.flip(-1)], tuple(x.shape[2:])), cam),
         "masks.relabel": (lambda x: masks.relabel(image, [x], flip=False, crf=None), cam),
+        "matting.closed_form_matting": (
+            lambda x: pl.matting.closed_form_matting(image, trimap.to(x.dtype), prior=x),
+            cam,
+        ),
+        "matting.matting_energy": (lambda x: pl.matting.matting_energy(x, image), cam),
+        "matting.random_walk_matting": (
+            lambda x: pl.matting.random_walk_matting(x, trimap.to(x.dtype)),
+            image,
+        ),
+        "matting.large_kernel_matting": (
+            lambda x: pl.matting.large_kernel_matting(image, trimap.to(x.dtype), radius=2, prior=x),
+            cam,
+        ),
+        "matting.guided_filter": (lambda x: pl.matting.guided_filter(image, x), cam),
+        "matting.guided_filter_matting": (
+            lambda x: pl.matting.guided_filter_matting(image, trimap.to(x.dtype), prior=x),
+            cam,
+        ),
+        "matting.knn_matting": (
+            lambda x: pl.matting.knn_matting(image, trimap.to(x.dtype), prior=x, max_iter=20),
+            cam,
+        ),
+        # Without unknown pixels, so that nothing needs the package.
+        "matting.pymatting_matting": (
+            lambda x: pl.matting.pymatting_matting(image, (x > 0.5).to(x.dtype)),
+            cam,
+        ),
+        "matting.vitmatte_matting": (lambda x: pl.matting.vitmatte_matting(image, x, matting_network), cam),
         "heads.icd_project": (lambda x: heads.icd_project(x, directions), image),
         "heads.icd_bottom_up_loss": (
             lambda x: heads.icd_bottom_up_loss(image.to(x.dtype), x, labels),

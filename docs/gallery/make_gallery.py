@@ -293,21 +293,29 @@ def superpixels() -> Figure:
 
 
 def matting() -> Figure:
-    """A trimap, the mattes of the closed form, and the masks of several methods."""
+    """A trimap, what several methods make of it, and of the maps themselves as a prior."""
     image, cam = coffee()
     cam, labels = pl.cam.normalize_cam(cam), torch.ones(1, 2)
-    trimap = pl.masks.trimap_from_cam(cam, labels, **pl.masks.TRIMAP_PRESETS["scd"])
-    unknown = (trimap == 0.5).any(1)
-    sure = pl.masks.alpha_to_mask(trimap).masked_fill(unknown, 255)
-    alpha = pl.matting.closed_form_matting(image, trimap)
+    trimap = pl.masks.trimap_from_cam(cam, labels, foreground=0.6, background=0.25)
+    sure = pl.masks.alpha_to_mask(trimap).masked_fill((trimap == 0.5).any(1), 255)
+    scores = pl.masks.constant_background(cam, 0.4)
+    prior = (scores / scores.sum(1, keepdim=True))[:, 1:]
+    nothing_sure = torch.full_like(trimap, 0.5)
+    closed_form = pl.matting.MattingRefiner("closed_form")
+    alpha = closed_form(image, trimap)
     figure, axes = panels(2, 4, image.shape[2] / image.shape[3])
     show_photo(axes[0, 0], image, "photo: cup, spoon")
     show_mask(axes[0, 1], image, sure[0], "trimap")
-    show_map(axes[0, 2], alpha[0, CUP], "matte of the cup")
-    show_map(axes[0, 3], alpha[0, SPOON], "matte of the spoon")
-    for ax, method in zip(axes[1], ("closed_form", "random_walk", "knn", "guided_filter"), strict=True):
-        alpha = pl.matting.MattingRefiner(method)(image, trimap)
-        show_mask(ax, image, pl.masks.alpha_to_mask(alpha)[0], method)
+    show_map(axes[0, 2], alpha[0, CUP], "closed form: cup")
+    show_map(axes[0, 3], alpha[0, SPOON], "closed form: spoon")
+    masks = {
+        "closed form": alpha,
+        "KNN": pl.matting.MattingRefiner("knn")(image, trimap),
+        "guided filter": pl.matting.MattingRefiner("guided_filter")(image, trimap),
+        "closed form, maps as a prior": closed_form(image, nothing_sure, prior),
+    }
+    for ax, (name, found) in zip(axes[1], masks.items(), strict=True):
+        show_mask(ax, image, pl.masks.alpha_to_mask(found)[0], name)
     legend(figure, {1: "cup", 2: "spoon", 255: "unknown"})
     return figure
 

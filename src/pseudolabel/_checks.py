@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "check_choice",
     "check_classes",
+    "check_count",
     "check_finite",
     "check_float",
     "check_integer",
@@ -153,6 +154,13 @@ def check_number(
         raise ValueError(f"{name}: expected a finite number {wanted}".rstrip() + f", got {value!r}")
 
 
+def check_count(**values: int) -> None:
+    """Check that settings are integers >= 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
 def check_probability(name: str, value: float) -> None:
     """Check that a setting is a number in [0, 1]."""
     check_number(name, value, at_least=0, at_most=1)
@@ -166,8 +174,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def check_classes(num_classes: int, ignore_index: int, **maps: Tensor) -> None:
     """Check that label maps hold classes `0..num_classes-1` and ``ignore_index`` only."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: expected an integer >= 1, got {num_classes!r}")
+    check_count(num_classes=num_classes)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or 0 <= ignore_index < num_classes:
         raise ValueError(
             f"ignore_index: expected an integer outside of 0..{num_classes - 1}, got {ignore_index!r}"

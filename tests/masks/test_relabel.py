@@ -182,9 +182,9 @@ IMAGE, LOGITS = torch.rand(1, 3, 6, 6), torch.rand(1, 4, 6, 6)
             lambda: relabel(IMAGE, [LOGITS * torch.nan], flip=False, crf=None),
             "scores: expected finite values",
         ),
-        (lambda: slide_logits(lambda x: x, IMAGE, (0, 4)), "window: expected a finite number >= 1, got 0"),
-        (lambda: slide_logits(lambda x: x, IMAGE, stride=(4, 0)), "stride: expected a finite number >= 1"),
-        (lambda: slide_logits(lambda x: x, IMAGE, batch_size=0), "batch_size: expected a finite number >= 1"),
+        (lambda: slide_logits(lambda x: x, IMAGE, (0, 4)), "window: expected an integer >= 1, got 0"),
+        (lambda: slide_logits(lambda x: x, IMAGE, stride=(4, 0)), "stride: expected an integer >= 1"),
+        (lambda: slide_logits(lambda x: x, IMAGE, batch_size=0), "batch_size: expected an integer >= 1"),
         (lambda: slide_logits(lambda x: x.mean(), IMAGE), r"segmenter\(crops\): expected shape"),
     ],
 )

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_finite, check_float, check_labels, check_number, check_shapes
+from pseudolabel._checks import (
+    check_count,
+    check_finite,
+    check_float,
+    check_labels,
+    check_number,
+    check_shapes,
+)
 from pseudolabel._maps import gather_present, present_classes, scatter_present, working_dtype
 from pseudolabel.cam.class_activation_map import _evaluating
 from pseudolabel.cam.views import check_scales, make_views, merge_views
@@ -260,7 +267,7 @@ def class_conditional_response(
     for number, view in enumerate(views):
         check_shapes(labels=(labels, "B C"), **{f"views[{number}]": (view, "B 3 h w")})
         check_float(**{f"views[{number}]": view})
-    _check_at_least_one(**{"size: height": size[0], "size: width": size[1]})
+    check_count(**{"size: height": size[0], "size: width": size[1]})
     _check_settings(max_passes, erase_threshold, stop_fraction, min_response, eps, max_pixels)
     boxes = torch.tensor([0, 0, *size], device=labels.device).repeat(sizes["B"], 1, 1)
     response = views[0].new_zeros(*labels.shape, *size)
@@ -572,9 +579,9 @@ def _check_settings(  # noqa: PLR0917
     eps: float,
     max_pixels: int | None,
 ) -> None:
-    _check_at_least_one(max_passes=max_passes)
+    check_count(max_passes=max_passes)
     if max_pixels is not None:
-        _check_at_least_one(max_pixels=max_pixels)
+        check_count(max_pixels=max_pixels)
     check_number("erase_threshold", erase_threshold, above=0)
     check_number("stop_fraction", stop_fraction)
     check_number("min_response", min_response, at_least=0)
@@ -583,10 +590,4 @@ def _check_settings(  # noqa: PLR0917
 
 def _check_margins(margins: Mapping[int, int]) -> None:
     for classes, pixels in margins.items():
-        _check_at_least_one(**{"margins: number of classes": classes, f"margins[{classes!r}]": pixels})
-
-
-def _check_at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        check_count(**{"margins: number of classes": classes, f"margins[{classes!r}]": pixels})

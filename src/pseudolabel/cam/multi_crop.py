@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_count,
     check_float,
     check_integer,
     check_labels,
@@ -142,7 +143,7 @@ def multi_crop_cam(  # noqa: PLR0917
     """
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
-    _check_at_least_one(batch_size=batch_size, **{"image: number of images": len(image)})
+    check_count(batch_size=batch_size, **{"image: number of images": len(image)})
     size = (image.shape[2], image.shape[3])
     boxes = _boxes(size, scales, crop_size, stride, full_windows)
     if labels is not None:
@@ -242,7 +243,7 @@ def _boxes(
     size: tuple[int, int], scales: Sequence[float], crop_size: int, stride: int, full_windows: bool
 ) -> list[Box]:
     height, width = size
-    _check_at_least_one(**{"size: height": height, "size: width": width}, crop_size=crop_size, stride=stride)
+    check_count(**{"size: height": height, "size: width": width}, crop_size=crop_size, stride=stride)
     check_scales(scales)
     if full_windows and stride > crop_size:
         raise ValueError(f"stride: expected at most crop_size {crop_size} for full windows, got {stride}")
@@ -284,12 +285,6 @@ def _crop(image: Tensor, box: Box, size: int) -> Tensor:
         crop.to(working_dtype(crop)), size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
     return crop.to(image.dtype)
-
-
-def _check_at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
 def _check_boxes(boxes: Tensor, height: int, width: int) -> None:

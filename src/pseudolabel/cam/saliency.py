@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_finite, check_float, check_shapes
+from pseudolabel._checks import check_count, check_finite, check_float, check_shapes
 from pseudolabel._maps import working_dtype
 
 __all__ = ["saliency_from_features"]
@@ -58,9 +58,7 @@ def saliency_from_features(features: Tensor, *, border: int = 1, steps: int = 10
     """
     sizes = check_shapes(features=(features, "B D h w"))
     check_float(features=features)
-    for name, value in (("border", border), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    check_count(border=border, steps=steps)
     if sizes["D"] == 0 or min(sizes["h"], sizes["w"]) <= 2 * border:
         raise ValueError(
             f"features: expected at least one channel, and sides above {2 * border} with a border of "

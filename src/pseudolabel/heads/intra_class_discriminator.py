@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pseudolabel._checks import (
     check_choice,
+    check_count,
     check_float,
     check_labels,
     check_number,
@@ -477,7 +478,7 @@ class FixedScaleBatchNorm2d(nn.Module):
         biased_running_var: bool = False,
     ) -> None:
         super().__init__()
-        check_number("num_features", num_features, at_least=1)
+        check_count(num_features=num_features)
         check_number("eps", eps, above=0)
         check_probability("momentum", momentum)
         self.eps = eps
@@ -588,8 +589,8 @@ class ICDBottomUp(nn.Module):
         init_std: float = 0.01,
     ) -> None:
         super().__init__()
-        check_number("in_channels", in_channels, at_least=1)
-        check_number("num_foreground", num_foreground, at_least=1)
+        check_count(in_channels=in_channels)
+        check_count(num_foreground=num_foreground)
         check_number("scale", scale, above=0)
         check_probability("side_momentum", side_momentum)
         check_number("init_std", init_std, above=0)  # a direction that is 0 stays 0 for ever
@@ -678,9 +679,9 @@ class ICDTopDown(nn.Module):
 
     def __init__(self, in_channels: int, num_foreground: int, *, hidden: int = 1024) -> None:
         super().__init__()
-        check_number("in_channels", in_channels, at_least=1)
-        check_number("num_foreground", num_foreground, at_least=1)
-        check_number("hidden", hidden, at_least=1)
+        check_count(in_channels=in_channels)
+        check_count(num_foreground=num_foreground)
+        check_count(hidden=hidden)
         self.conv1 = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, hidden, 1)
         self.classifier = nn.Conv2d(in_channels + 2 * hidden, num_foreground, 1, bias=False)

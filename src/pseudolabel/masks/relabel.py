@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_float, check_labels, check_number, check_shapes
+from pseudolabel._checks import check_count, check_float, check_labels, check_shapes
 from pseudolabel._maps import resize, working_dtype
 from pseudolabel.masks.thresholds import scores_to_mask
 from pseudolabel.refine import CRF_PRESETS, DenseCRF
@@ -54,10 +54,9 @@ def slide_logits(
     """
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
-    for name, sizes in (("window", window), ("stride", stride)):
-        for size in sizes:
-            check_number(name, size, at_least=1)
-    check_number("batch_size", batch_size, at_least=1)
+    for size, step in zip(window, stride, strict=True):
+        check_count(window=size, stride=step)
+    check_count(batch_size=batch_size)
     height, width = min(window[0], image.shape[2]), min(window[1], image.shape[3])
     corners = [
         (top, left)

@@ -7,12 +7,13 @@ the matrix has few diagonals, and its factor has no more. It is for the CPU: Sci
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pseudolabel.matting._pixels import Pixels
 
-__all__ = ["BandedCholesky", "banded_cholesky"]
+__all__ = ["BandedCholesky", "banded_cholesky", "is_narrow"]
 
-MOST_WORK = 3e8  # multiplications; where a band takes more, the V-cycle is faster
+NARROW = 8  # pixels
 
 
 class BandedCholesky:
@@ -30,8 +31,8 @@ class BandedCholesky:
         return torch.empty_like(residual).index_copy_(0, self.order, x)
 
 
-def banded_cholesky(stencil: Tensor, pixels: Pixels) -> BandedCholesky | None:
-    """The factor of the matrix with rows (n,k), or None where it has too many diagonals, or none."""
+def banded_cholesky(stencil: Tensor, pixels: Pixels, most_work: float) -> BandedCholesky | None:
+    """The factor of the matrix with rows (n,k); None if it takes more multiplications, or is not definite."""
     from scipy.linalg import LinAlgError, cholesky_banded  # noqa: PLC0415 - slow to import
 
     neighbours = pixels.neighbours(int(stencil.shape[1] ** 0.5) // 2)
@@ -39,17 +40,20 @@ def banded_cholesky(stencil: Tensor, pixels: Pixels) -> BandedCholesky | None:
     number = torch.empty(len(order), dtype=torch.int32)
     number[order] = torch.arange(len(order), dtype=torch.int32)
 
-    column = number.index_select(0, neighbours.clamp(min=0).flatten())
-    diagonal = (number[:, None] - column.view_as(neighbours)).flatten()
-    below = ((neighbours.flatten() >= 0) & (diagonal >= 0)).nonzero()[:, 0]
-    column, diagonal = column[below], diagonal[below]
+    # The first half of each row holds every pair once, and the pixel itself.
+    half = slice(stencil.shape[1] // 2 + 1)
+    ends, values = neighbours[:, half].flatten(), stencil[:, half].flatten()
+    pairs = (ends >= 0).nonzero()[:, 0]
+    one = number.repeat_interleave(half.stop).index_select(0, pairs)
+    other = number.index_select(0, ends.index_select(0, pairs))
+    diagonal, column = (one - other).abs(), torch.minimum(one, other)
     width = int(diagonal.max())
-    if len(order) * width**2 > MOST_WORK:
+    if len(order) * width**2 > most_work:
         return None
-    band = stencil.new_zeros(width + 1, len(order))
-    band[diagonal.long(), column.long()] = stencil.flatten()[below]
+    band = stencil.new_zeros(len(order), width + 1)
+    band.view(-1)[(column * (width + 1) + diagonal).long()] = values.index_select(0, pairs)
     try:
-        factor = cholesky_banded(band.numpy(), lower=True, overwrite_ab=True, check_finite=False)
+        factor = cholesky_banded(band.numpy().T, lower=True, overwrite_ab=True, check_finite=False)
     except LinAlgError:
         return None
     return BandedCholesky(factor, order)
@@ -66,3 +70,12 @@ def _along_the_band(neighbours: Tensor) -> Tensor:
     starts = np.arange(0, count * entries + 1, entries, dtype=np.int32)
     graph = csr_array((np.ones(len(ends), np.float32), ends, starts), (count, count))
     return torch.from_numpy(reverse_cuthill_mckee(graph, symmetric_mode=True).astype(np.int64))
+
+
+def is_narrow(active: Tensor) -> bool:
+    """Whether each active pixel has one that is not within reach. Beyond the border there is none."""
+    active = F.pad(active, (NARROW,) * 4, value=True)
+    for reach in (1, 2, 4, 8, 1):  # twice NARROW together
+        active = active[:, reach:] & active[:, :-reach]
+        active = active[reach:] & active[:-reach]
+    return not bool(active.any())

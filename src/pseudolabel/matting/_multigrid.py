@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pseudolabel.matting._cholesky import banded_cholesky, is_narrow
 from pseudolabel.matting._pixels import MARGIN, Pixels, sparse_rows
+from pseudolabel.matting._solver import LinearMap
 
 __all__ = ["VCycle", "jacobi_step"]
 
-DIRECT = 200  # unknowns of the last level, whose inverse is written out
+MOST_WORK = 3e8, 3e7  # multiplications for a Cholesky factor on the finest level, and on another
+DENSE = 200  # unknowns of a last level of which the inverse is written out
 DAMPING = 0.8
 CHUNK = 4096  # coarse pixels at a time, so that what is gathered for them stays in the cache
 
@@ -46,19 +49,19 @@ class VCycle:
 
     def __init__(self, stencil: Tensor, matrix: Tensor, pixels: Pixels, columns: int | None = None) -> None:
         self.levels: list[Level] = []
-        while len(pixels) > DIRECT:
+        while (last := _direct(stencil, pixels, finest=not self.levels)) is None:
             down, up, coarse_pixels = _transfer(pixels, stencil.dtype)
             self.levels.append(Level(matrix, jacobi_step(stencil, columns), down, up))
             stencil, pixels = _galerkin(stencil, pixels, coarse_pixels), coarse_pixels
             matrix = matrix_of(stencil, pixels)
-        self.inverse = _inverse(matrix, stencil)
+        self.last = last
 
     def __call__(self, residual: Tensor) -> Tensor:
         return self._cycle(residual, 0)
 
     def _cycle(self, r: Tensor, depth: int) -> Tensor:
         if depth == len(self.levels):
-            return self.inverse @ r
+            return self.last(r)
         level = self.levels[depth]
         add_product = torch.addmv if r.ndim == 1 else torch.addmm
         x = level.step * r
@@ -97,15 +100,8 @@ def _transfer(fine: Pixels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Pixels]
     row, column = fine.rows_and_columns()
     odd_row, odd_column = row & 1, column & 1
     corner = ((row >> 1) + MARGIN) * coarse.width + (column >> 1) + MARGIN
-    places = torch.stack(
-        [
-            corner,
-            corner + odd_column,
-            corner + odd_row * coarse.width,
-            corner + odd_row * coarse.width + odd_column,
-        ],
-        1,
-    )
+    below = corner + odd_row * coarse.width
+    places = torch.stack([corner, corner + odd_column, below, below + odd_column], 1)
     y, x = 0.5 * odd_row.to(dtype), 0.5 * odd_column.to(dtype)
     weights = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], 1)
     up = sparse_rows(coarse.number.index_select(0, places.flatten()).view_as(places), weights, len(coarse))
@@ -120,15 +116,11 @@ def _transfer(fine: Pixels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Pixels]
 def _coarse_active(active: Tensor) -> Tensor:
     """Which coarse pixels have an active fine pixel in the square around them."""
     height, width = (side // 2 + 1 for side in active.shape)
-    padded = F.pad(active, (1, 2, 1, 2))
-    any_column = (
-        padded[:, 0 : 2 * width - 1 : 2] | padded[:, 1 : 2 * width : 2] | padded[:, 2 : 2 * width + 1 : 2]
-    )
-    return (
-        any_column[0 : 2 * height - 1 : 2]
-        | any_column[1 : 2 * height : 2]
-        | any_column[2 : 2 * height + 1 : 2]
-    )
+    active = F.pad(active, (1, 2, 1, 2))
+    left, middle, right = (active[:, start : start + 2 * width - 1 : 2] for start in range(3))
+    active = left | middle | right
+    above, middle, below = (active[start : start + 2 * height - 1 : 2] for start in range(3))
+    return above | middle | below
 
 
 def _fine_square(fine: Pixels, coarse: Pixels) -> Tensor:
@@ -172,13 +164,25 @@ def _hat(distance: int) -> float:
     return max(0.0, 1 - abs(distance) / 2)
 
 
-def _inverse(matrix: Tensor, stencil: Tensor) -> Tensor:
-    """Dense inverse (n,n) of the last level's matrix; where it is singular, that of its diagonal."""
-    unit = torch.eye(len(stencil), dtype=stencil.dtype, device=stencil.device)
-    dense = matrix @ unit
-    # Few fine pixels may have more coarse ones around them than they can tell apart. A little shift makes the
-    # matrix definite all the same.
-    shift = torch.finfo(dense.dtype).eps ** 0.5 * dense.diagonal()
-    factor, failed = torch.linalg.cholesky_ex(dense + torch.diag(shift))
+def _direct(stencil: Tensor, pixels: Pixels, *, finest: bool) -> LinearMap | None:
+    """The inverse of a matrix; None where that takes too much, and a coarser level is wanted."""
+    small = len(pixels) <= DENSE
+    narrow = stencil.device.type == "cpu" and is_narrow(pixels.active)
+    if not small and not narrow:
+        return None
+    if not finest:
+        # Few fine pixels may have more coarse ones around them than they can tell apart. A little shift makes
+        # the matrix definite all the same.
+        stencil = stencil.clone()
+        stencil[:, stencil.shape[1] // 2] *= 1 + torch.finfo(stencil.dtype).eps ** 0.5
+    factor = banded_cholesky(stencil, pixels, MOST_WORK[0 if finest else 1]) if narrow else None
+    return factor if factor is not None or not small else _inverse(stencil, pixels)
+
+
+def _inverse(stencil: Tensor, pixels: Pixels) -> LinearMap:
+    """The inverse written out; where there is none, that of the diagonal."""
+    unit = torch.eye(len(pixels), dtype=stencil.dtype, device=stencil.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix_of(stencil, pixels) @ unit)
     works = failed == 0
-    return torch.cholesky_inverse(factor.where(works, unit)).where(works, torch.diag(jacobi_step(stencil)))
+    inverse = torch.cholesky_inverse(factor.where(works, unit))
+    return inverse.where(works, torch.diag(jacobi_step(stencil))).matmul

@@ -4,9 +4,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pseudolabel.matting._cholesky import banded_cholesky
 from pseudolabel.matting._multigrid import VCycle, jacobi_step, matrix_of
 from pseudolabel.matting._pixels import Pixels, pad
 from pseudolabel.matting._solver import LinearMap
@@ -14,10 +12,8 @@ from pseudolabel.matting._system import Laplacian
 
 __all__ = ["PRECONDITIONERS", "Preconditioner", "stencil_laplacian"]
 
-Preconditioner = Literal["auto", "v-cycle", "cholesky", "jacobi"]
+Preconditioner = Literal["v-cycle", "jacobi"]
 PRECONDITIONERS = get_args(Preconditioner)
-
-NARROW = 8  # an unknown zone is narrow where no pixel of it is farther than this from known ones
 
 
 def stencil_laplacian(
@@ -38,33 +34,14 @@ def stencil_laplacian(
         return result.t()
 
     with torch.no_grad():
-        stencil = entries.t().clone(memory_format=torch.contiguous_format)
-        stencil.masked_fill_(pixels.neighbours(radius) < 0, 0)
+        stencil = torch.where(pixels.neighbours(radius) >= 0, entries.t(), 0).contiguous()
         if confidence is not None:
             stencil[:, len(entries) // 2] += confidence
         matrix = matrix_of(stencil, pixels)
-        precondition = _preconditioner(preconditioner, stencil, matrix, pixels, columns)
+        precondition: LinearMap
+        if preconditioner == "v-cycle":
+            precondition = VCycle(stencil, matrix, pixels, columns)
+        else:
+            step = jacobi_step(stencil, columns)
+            precondition = lambda r: step * r  # noqa: E731
     return Laplacian(rows, lambda x: matrix @ x, precondition)
-
-
-def _preconditioner(
-    kind: Preconditioner, stencil: Tensor, matrix: Tensor, pixels: Pixels, columns: int | None
-) -> LinearMap:
-    on_cpu = stencil.device.type == "cpu"
-    if kind == "auto":
-        kind = "v-cycle" if not _is_narrow(pixels.active) else "cholesky" if on_cpu else "jacobi"
-    if kind == "cholesky" and (factor := banded_cholesky(stencil, pixels)) is not None:
-        return factor
-    if kind == "jacobi":
-        step = jacobi_step(stencil, columns)
-        return lambda r: step * r
-    return VCycle(stencil, matrix, pixels, columns)
-
-
-def _is_narrow(active: Tensor) -> bool:
-    """Whether each active pixel has one that is not within reach. Beyond the border there is none."""
-    active = F.pad(active, (NARROW,) * 4, value=True)
-    for reach in (1, 2, 4, 8, 1):  # twice NARROW together
-        active = active[:, reach:] & active[:, :-reach]
-        active = active[reach:] & active[:-reach]
-    return not bool(active.any())

@@ -179,7 +179,13 @@ def _seeds(trimap: Tensor) -> tuple[Tensor, Tensor]:
     low, high = trimap <= SURE, trimap >= 1 - SURE
     known = high.any(0) | low.all(0)
     seeds = trimap.where(known & (low | high), 0)
-    return known, seeds if len(seeds) == 1 else seeds / seeds.sum(0).clamp(min=1)
+    return known, seeds if len(seeds) == 1 else _share(seeds, 0)
+
+
+def _share(x: Tensor, dim: int) -> Tensor:
+    """Scale what sums to more than 1."""
+    total = x.sum(dim, keepdim=True)
+    return x / total.where(total > 1, 1)
 
 
 def _clip(x: Tensor) -> Tensor:
@@ -204,7 +210,7 @@ def _solve(
     target = confidence = None
     if prior is not None and weight is not None:
         target, confidence = unknown.pick(prior), unknown.pick(weight)
-        target = target / target.sum(1, keepdim=True).clamp(min=1)
+        target = _share(target, 1)
     layout = _Layout(len(seeds), even=even, vectors=_has_vector_product(seeds.device))
     operator = laplacian(unknown, None if confidence is None else confidence.detach()[:, 0], layout.columns)
 
@@ -253,4 +259,4 @@ class _Layout:
 
 def _has_vector_product(device: torch.device) -> bool:
     """Whether PyTorch has the product of a sparse matrix and a vector there: on CPUs that is up to MKL."""
-    return device.type != "cpu" or torch.backends.mkl.is_available()
+    return device.type != "cpu" or bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]

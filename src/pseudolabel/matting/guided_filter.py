@@ -139,12 +139,13 @@ def local_fits(guide: Tensor, radius: int, eps: float) -> Callable[[Tensor], Ten
 def _window_mean(x: Tensor, radius: int) -> Tensor:
     """Means over the windows around each pixel, of any size in the same time: differences of running sums."""
     for dim in (-2, -1):
-        position = torch.arange(x.shape[dim], device=x.device)
-        start, end = (position - radius).clamp(min=0), (position + radius + 1).clamp(max=x.shape[dim])
-        running = x.cumsum(dim)
-        running = F.pad(running, (0, 0, 1, 0) if dim == -2 else (1, 0))
-        count = (end - start).to(x.dtype)
-        x = running.index_select(dim, end) - running.index_select(dim, start)
+        side = x.shape[dim]
+        reach = min(radius, side - 1)
+        running = F.pad(x, (0, 0, reach + 1, reach) if dim == -2 else (reach + 1, reach)).cumsum(dim)
+        x = running.narrow(dim, 2 * reach + 1, side) - running.narrow(dim, 0, side)
+        position = torch.arange(side, device=x.device)
+        count = (position + reach).clamp(max=side - 1) - (position - reach).clamp(min=0) + 1
+        count = count.to(x.dtype)
         x = x / (count[:, None] if dim == -2 else count)
     return x
 

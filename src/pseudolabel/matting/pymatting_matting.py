@@ -72,6 +72,8 @@ def pymatting_matting(
         raise ValueError("sigma: expected none, pymatting does not read it with this solver")
     known, seeds = known_pixels(trimap.detach())
     present = (trimap > 0).flatten(2).any(2) & ~known.flatten(2).all(2)
+    if not bool(present.any()):
+        return seeds
     pixels, classes = (
         maps.double().cpu().contiguous().numpy()
         for maps in (image.detach().permute(0, 2, 3, 1), seeds.where(known, 0.5))

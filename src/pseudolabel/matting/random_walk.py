@@ -58,7 +58,7 @@ def random_walk_matting(
     prior: Tensor | None = None,
     prior_weight: float | Tensor = 1e-3,
     x0: Tensor | None = None,
-    preconditioner: Preconditioner = "auto",
+    preconditioner: Preconditioner = "v-cycle",
     return_report: bool = False,
 ) -> Tensor | tuple[Tensor, MattingReport]:
     """Find the mattes of the unknown pixels as chances of a random walk to meet each class's seeds first.

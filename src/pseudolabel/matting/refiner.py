@@ -39,7 +39,9 @@ class MattingRefiner(nn.Module):
     Args:
         method: Which of the functions `closed_form_matting`, `guided_filter_matting` and so on.
         scale: In (0, 1]. Below 1 the mattes are found on images of so much of the sides, and enlarged again;
-            known pixels stay as the trimap has them. Half the sides take about a quarter of the time.
+            known pixels stay as the trimap has them. Half the sides take about a quarter of the time. A pixel
+            then stands for several, and so does its `prior_weight`: for the same result divide that by
+            `scale^2`.
         **settings: Of the function, by name.
 
     Raises:

@@ -31,7 +31,7 @@ def vitmatte_matting(image: Tensor, trimap: Tensor, model: nn.Module, *, batch_s
         batch_size: Mattes computed at a time, >= 1. Memory grows with it, and fast with the image.
 
     Returns:
-        Mattes (B,C,H,W) in [0, 1], in the dtype of ``trimap``.
+        Mattes (B,C,H,W) in [0, 1], in the dtype of ``trimap``. No gradients.
 
     Raises:
         TypeError: If a tensor is not floating-point.
@@ -52,7 +52,7 @@ def vitmatte_matting(image: Tensor, trimap: Tensor, model: nn.Module, *, batch_s
     """
     check_inputs(image, trimap)
     _check_batch_size(batch_size)
-    known, seeds = known_pixels(trimap)
+    known, seeds = known_pixels(trimap.detach())
     present = (trimap > 0).flatten(2).any(2) & ~known.flatten(2).all(2)
     b, c = present.nonzero(as_tuple=True)
     network_input = torch.cat([2 * image[b] - 1, seeds.where(known, 0.5)[b, c, None].to(image)], 1)

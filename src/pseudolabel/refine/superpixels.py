@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_count,
     check_finite,
     check_float,
     check_integer,
@@ -225,8 +226,7 @@ def merge_superpixels(superpixels: Tensor, region_features: Tensor, max_regions:
     check_float(region_features=region_features)
     check_finite(region_features=region_features)
     _check_ids(superpixels, region_features.shape[-2], "the rows of region_features")
-    if isinstance(max_regions, bool) or not isinstance(max_regions, int) or max_regions < 1:
-        raise ValueError(f"max_regions: expected an integer >= 1, got {max_regions!r}")
+    check_count(max_regions=max_regions)
     merged = superpixels.new_empty(superpixels.shape, dtype=torch.int64, device="cpu")
     images = zip(
         merged if batched else [merged],
