@@ -20,6 +20,7 @@ BENCHMARKS = (
     "background_sweep.py",
     "dense_crf.py",
     "random_walk.py",
+    "pixel_adaptive.py",
     "superpixels.py",
     "class_conditional.py",
     "matting.py",

@@ -128,6 +128,10 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             cam,
         ),
         "cam.CAM": (lambda x: cam_room.CAM(network.to(x.dtype))(x), image),
+        "cam.grad_cam": (lambda x: cam_room.grad_cam(x, x[:, None] - 0.5), cam),
+        "cam.grad_cam_plus_plus": (lambda x: cam_room.grad_cam_plus_plus(x, x[:, None] - 0.5), cam),
+        "cam.layer_cam": (lambda x: cam_room.layer_cam(x, x[:, None] - 0.5), cam),
+        "cam.present_softmax": (lambda x: cam_room.present_softmax(x, labels), scores[:, :, 0, 0]),
         "cam.normalize_cam": (cam_room.normalize_cam, cam),
         "cam.make_views": (lambda x: torch.cat([view.flatten() for view in cam_room.make_views(x)]), image),
         "cam.merge_views": (lambda x: cam_room.merge_views([x, x], (16, 24)), cam),
@@ -161,6 +165,10 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "refine.affinity_from_features": (lambda x: refine.affinity_from_features(x, 3), image),
         "refine.affinity_labels": (lambda x: refine.affinity_labels(x, 3), truth),
         "refine.random_walk": (lambda x: refine.random_walk(x, affinity.to(x.dtype), log_steps=1), scores),
+        "refine.pamr": (lambda x: refine.pamr(image.to(x.dtype), x, [1, 2], 2), cam),
+        "refine.par": (lambda x: refine.par(image.to(x.dtype), x, [1, 2], 2), cam),
+        "refine.varm": (lambda x: refine.varm(image.to(x.dtype), x, [1, 2], 2), cam),
+        "refine.dilated_neighbors": (refine.dilated_neighbors, cam),
         "refine.superpixel_refine": (
             lambda x: refine.superpixel_refine(x, truth, labels, num_regions=4),
             cam,
@@ -172,6 +180,10 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "masks.constant_background": (lambda x: masks.constant_background(x, 0.2), cam),
         "masks.power_background": (lambda x: masks.power_background(x, 4), cam),
         "masks.scores_to_mask": (masks.scores_to_mask, scores),
+        "masks.fuse_segmentation_and_class": (
+            lambda x: masks.fuse_segmentation_and_class(x, cam.to(x.dtype), (9, 13)),
+            scores,
+        ),
         "masks.dual_threshold_mask": (masks.dual_threshold_mask, cam),
         "masks.class_foreground": (lambda x: masks.class_foreground(image, x, crf=None), cam),
         "masks.proportional_argmax": (lambda x: masks.proportional_argmax(x, x > 0.3), cam),
@@ -228,8 +240,38 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "heads.icd_orient": (lambda x: heads.icd_orient(x, directions[:, :2]), cam),
         "heads.icd_targets": (lambda x: heads.icd_targets(x)[0], cam - 0.5),
         "heads.icd_top_down_loss": (lambda x: heads.icd_top_down_loss(x, cam - 0.5, labels), cam),
+        "heads.cross_representation_refine": (
+            lambda x: heads.cross_representation_refine(x, [image.to(x.dtype)] * 2),
+            scores,
+        ),
+        "heads.confidence_scores": (heads.confidence_scores, scores),
+        "heads.assign_pseudo_labels": (lambda x: heads.assign_pseudo_labels(x, labels), scores),
+        "heads.topk_pixels": (lambda x: heads.topk_pixels(x).values, scores),
+        "heads.prototypes_from_topk": (lambda x: heads.prototypes_from_topk(x, heads.topk_pixels(x)), scores),
+        "heads.cross_transform_contrast": (
+            lambda x: sum(
+                heads.cross_transform_contrast(x, x, truth % 3, truth % 3, directions, directions).values()
+            ),
+            image,
+        ),
+        "heads.prototype_separation": (
+            lambda x: heads.prototype_separation(x, x.flip(0), labels[0]),
+            directions,
+        ),
+        "heads.compensate": (
+            lambda x: heads.compensate(x, x, heads.topk_pixels(x), torch.ones(4)),
+            scores,
+        ),
+        "heads.compensation_loss": (
+            lambda x: heads.compensation_loss(x, scores.to(x.dtype), labels),
+            cam,
+        ),
         "losses.pretended_under_fitting_loss": (
             lambda x: losses.pretended_under_fitting_loss(x, truth),
+            scores,
+        ),
+        "losses.balanced_mask_cross_entropy": (
+            lambda x: losses.balanced_mask_cross_entropy(x, truth, labels),
             scores,
         ),
         "losses.activation_aware_mask_loss": (
@@ -249,6 +291,10 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             scores,
         ),
         "losses.min_pooling_loss": (lambda x: losses.min_pooling_loss(x, labels), cam),
+        "losses.pixel_prototype_nce": (
+            lambda x: losses.pixel_prototype_nce(x, truth.clamp(max=2), directions),
+            image,
+        ),
         "losses.affinity_loss": (
             lambda x: losses.affinity_loss(x, refine.affinity_labels(truth, 2)),
             affinity[:, :4],
@@ -261,6 +307,10 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "metrics.boundary_f_from_counts": (metrics.boundary_f_from_counts, counts),
         "recipes.icd": (lambda x: pl.recipes.icd(image, x, cam, labels, crf=None), cam - 0.5),
         "recipes.infercam": (lambda x: pl.recipes.infercam(x, lambda view: view, labels), image),
+        "recipes.rtc": (
+            lambda x: pl.recipes.rtc(x, lambda view: (view[:, 1:], view), crf=None),
+            image,
+        ),
         "recipes.pmm": (lambda x: pl.recipes.pmm(image, x, labels, crf=None), cam),
     }
 
@@ -288,7 +338,13 @@ def test_precision_table_is_complete() -> None:
         for name in getattr(pl, room).__all__
         if callable(value := getattr(getattr(pl, room), name)) and type(value).__name__ == "function"
     }
-    no_tensor = {"masks.choose_background", "refine.affinity_offsets", "heads.icd_warmup"}
+    no_tensor = {
+        "cam.find_classifier",
+        "cam.find_target_layer",
+        "masks.choose_background",
+        "refine.affinity_offsets",
+        "heads.icd_warmup",
+    }
     assert set(ROWS) == set(cases()) == functions - no_tensor | {"cam.CAM"}
 
 

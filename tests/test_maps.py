@@ -2,7 +2,15 @@
 
 import torch
 
-from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
+from pseudolabel._maps import (
+    gather_present,
+    present_classes,
+    resize,
+    scatter_present,
+    stretch,
+    stretched_mean,
+    working_dtype,
+)
 
 LABELS = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
 
@@ -49,3 +57,16 @@ def test_working_dtype() -> None:
     for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32)):
         assert working_dtype(torch.zeros(1, dtype=dtype)) == expected
     assert working_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
+
+
+def test_stretch_from_corner_to_corner() -> None:
+    maps = torch.tensor([[[[0.0, 0.9]]]])
+    torch.testing.assert_close(stretch(maps, (1, 4))[0, 0, 0], torch.tensor([0.0, 0.3, 0.6, 0.9]))
+    assert stretch(maps, (1, 2)) is maps
+    assert stretch(torch.rand(2, 0, 3, 4), (6, 5)).shape == (2, 0, 6, 5)
+
+
+def test_stretched_mean(generator: torch.Generator) -> None:
+    maps = torch.rand(2, 3, 4, 7, generator=generator, dtype=torch.float64)
+    for size in ((4, 7), (16, 16), (3, 20), (1, 1)):
+        torch.testing.assert_close(stretched_mean(maps, size), stretch(maps, size).mean((2, 3)))

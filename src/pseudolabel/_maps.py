@@ -4,7 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["gather_present", "present_classes", "resize", "scatter_present", "working_dtype"]
+__all__ = [
+    "gather_present",
+    "present_classes",
+    "resize",
+    "scatter_present",
+    "stretch",
+    "stretched_mean",
+    "working_dtype",
+]
 
 
 def working_dtype(value: Tensor) -> torch.dtype:
@@ -19,6 +27,24 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.shape[1] == 0:  # no class, which `interpolate` refuses
         return maps.new_zeros(*maps.shape[:2], *size)
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def stretch(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B,C,h,w) maps to ``size`` (H,W) from corner to corner, bilinear, ``align_corners=True``."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    if maps.shape[1] == 0:  # no class, which `interpolate` refuses
+        return maps.new_zeros(*maps.shape[:2], *size)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+
+
+def stretched_mean(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean (B,C) over the pixels of `stretch(maps, size)`, which is linear, without making them."""
+    height, width = maps.shape[-2:]
+    eye = torch.eye(max(height, width), dtype=maps.dtype, device=maps.device)[None, None]
+    rows = stretch(eye[..., :height, :height], (size[0], height)).mean(2)[0, 0]
+    columns = stretch(eye[..., :width, :width], (size[1], width)).mean(2)[0, 0]
+    return torch.einsum("bcyx,y,x->bc", maps, rows, columns)
 
 
 def present_classes(labels: Tensor) -> tuple[Tensor, Tensor]:

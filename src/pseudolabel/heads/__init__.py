@@ -1,5 +1,35 @@
 """Trainable heads beside a classifier, which make better maps."""
 
+from pseudolabel.heads.compensator import Compensator, compensate, compensation_loss
+from pseudolabel.heads.cross_representation import CrossRepresentationRefinement, cross_representation_refine
+from pseudolabel.heads.cross_transform import (
+    BackgroundRanking,
+    CrossTransformRegularization,
+    CTROutput,
+    TopK,
+    assign_pseudo_labels,
+    confidence_scores,
+    cross_transform_contrast,
+    prototype_separation,
+    prototypes_from_topk,
+    topk_pixels,
+)
+from pseudolabel.heads.double_decoupled_cam import (
+    D2CAMLosses,
+    D2CAMOutput,
+    DoubleDecoupledCAM,
+    ForegroundBackground,
+    d2cam_anchor_loss,
+    d2cam_anchor_weight,
+    d2cam_category_loss,
+    d2cam_contrast_loss,
+    d2cam_exclusivity_loss,
+    d2cam_foreground_background_loss,
+    d2cam_logits,
+    d2cam_pool,
+    d2cam_posterior,
+    d2cam_triplet_loss,
+)
 from pseudolabel.heads.intra_class_discriminator import (
     BottomUpOutput,
     FixedScaleBatchNorm2d,
@@ -18,12 +48,24 @@ from pseudolabel.heads.intra_class_discriminator import (
 )
 
 __all__ = [
+    "BackgroundRanking",
     "BottomUpOutput",
+    "CTROutput",
+    "Compensator",
+    "CrossRepresentationRefinement",
+    "CrossTransformRegularization",
     "FixedScaleBatchNorm2d",
     "ICDBottomUp",
     "ICDOutput",
     "ICDTopDown",
     "IntraClassDiscriminator",
+    "TopK",
+    "assign_pseudo_labels",
+    "compensate",
+    "compensation_loss",
+    "confidence_scores",
+    "cross_representation_refine",
+    "cross_transform_contrast",
     "icd_bottom_up_loss",
     "icd_orient",
     "icd_project",
@@ -32,4 +74,7 @@ __all__ = [
     "icd_top_down_loss",
     "icd_update_sides",
     "icd_warmup",
+    "prototype_separation",
+    "prototypes_from_topk",
+    "topk_pixels",
 ]

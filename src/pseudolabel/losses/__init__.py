@@ -8,6 +8,10 @@ from pseudolabel.losses.activation_aware_mask import (
     refine_saliency_target,
 )
 from pseudolabel.losses.affinity import affinity_loss
+from pseudolabel.losses.balanced_mask_cross_entropy import (
+    BalancedMaskCrossEntropy,
+    balanced_mask_cross_entropy,
+)
 from pseudolabel.losses.equivariance import (
     EquivarianceLoss,
     EquivariantCrossLoss,
@@ -15,6 +19,7 @@ from pseudolabel.losses.equivariance import (
     equivariant_cross_loss,
 )
 from pseudolabel.losses.min_pooling import MinPoolingLoss, min_pooling_loss
+from pseudolabel.losses.pixel_prototype_nce import PixelPrototypeNCE, pixel_prototype_nce
 from pseudolabel.losses.pretended_under_fitting import (
     PretendedUnderFittingLoss,
     UnderFittingMode,
@@ -24,17 +29,21 @@ from pseudolabel.losses.pretended_under_fitting import (
 __all__ = [
     "ActivationAwareMaskLoss",
     "ActivationAwareMode",
+    "BalancedMaskCrossEntropy",
     "EmptySaliency",
     "EquivarianceLoss",
     "EquivariantCrossLoss",
     "MinPoolingLoss",
+    "PixelPrototypeNCE",
     "PretendedUnderFittingLoss",
     "UnderFittingMode",
     "activation_aware_mask_loss",
     "affinity_loss",
+    "balanced_mask_cross_entropy",
     "equivariance_loss",
     "equivariant_cross_loss",
     "min_pooling_loss",
+    "pixel_prototype_nce",
     "pretended_under_fitting_loss",
     "refine_saliency_target",
 ]

@@ -11,7 +11,8 @@ from pseudolabel.masks.proportional import (
     proportional_pseudo_mask,
 )
 from pseudolabel.masks.relabel import average_views, relabel, slide_logits
-from pseudolabel.masks.thresholds import dual_threshold_mask, scores_to_mask
+from pseudolabel.masks.segmentation_and_class import fuse_segmentation_and_class
+from pseudolabel.masks.thresholds import DualThresholdMask, dual_threshold_mask, scores_to_mask
 from pseudolabel.masks.trimap import (
     TRIMAP_PRESETS,
     TrimapAreas,
@@ -24,6 +25,7 @@ from pseudolabel.masks.trimap import (
 __all__ = [
     "TRIMAP_PRESETS",
     "BackgroundChoice",
+    "DualThresholdMask",
     "ProportionalPseudoMask",
     "TrimapAreas",
     "TrimapBuilder",
@@ -33,6 +35,7 @@ __all__ = [
     "class_foreground",
     "constant_background",
     "dual_threshold_mask",
+    "fuse_segmentation_and_class",
     "icd_seed",
     "power_background",
     "proportional_argmax",

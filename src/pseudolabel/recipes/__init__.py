@@ -3,5 +3,6 @@
 from pseudolabel.recipes.icd import icd
 from pseudolabel.recipes.infercam import infercam
 from pseudolabel.recipes.pmm import pmm
+from pseudolabel.recipes.rtc import RTCLoss, RTCOutput, ViewOutput, rtc
 
-__all__ = ["icd", "infercam", "pmm"]
+__all__ = ["RTCLoss", "RTCOutput", "ViewOutput", "icd", "infercam", "pmm", "rtc"]

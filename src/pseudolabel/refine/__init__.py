@@ -13,6 +13,7 @@ from pseudolabel.refine.dense_crf import (
     dense_crf,
     probs_from_mask,
 )
+from pseudolabel.refine.pixel_adaptive import PAMR, PAR, VARM, dilated_neighbors, pamr, par, varm
 from pseudolabel.refine.pixel_correlation import (
     PixelCorrelation,
     cam_seed,
@@ -36,6 +37,9 @@ from pseudolabel.refine.superpixels import (
 
 __all__ = [
     "CRF_PRESETS",
+    "PAMR",
+    "PAR",
+    "VARM",
     "CRFBackend",
     "CRFSettings",
     "CoefficientOfVariationSmoothing",
@@ -49,13 +53,17 @@ __all__ = [
     "coefficient_of_variation",
     "coefficient_of_variation_smoothing",
     "dense_crf",
+    "dilated_neighbors",
     "felzenszwalb_superpixels",
     "keep_max_class",
     "merge_superpixels",
+    "pamr",
+    "par",
     "pixel_correlation",
     "probs_from_mask",
     "random_walk",
     "region_mean",
     "slic_superpixels",
     "superpixel_refine",
+    "varm",
 ]
