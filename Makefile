@@ -1,4 +1,4 @@
-# make demo | test | check | docs | bench | clean
+# make demo | test | test-backbones | check | docs | bench | clean
 # Everything runs in .venv, made on first use with Python >= 3.11.
 
 PYTHON ?= python3
@@ -9,10 +9,11 @@ export OMP_NUM_THREADS ?= 1
 # Extras for the tests; `make test EXTRAS=test,crf` also tests the pydensecrf backend (needs a C++ compiler).
 EXTRAS ?= test
 JOBS   ?= 2
+TESTS  ?=
 
 install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-backbones check docs bench clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("pseudolabel needs Python >= 3.11, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -25,7 +26,11 @@ demo: $(BIN)/python
 
 test: $(BIN)/python
 	$(install) --editable ".[$(EXTRAS)]"
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(BIN)/python -m pytest -n $(JOBS) -q $(TESTS)
+
+# Real architectures of transformers, timm and torchvision, random weights; in a virtual environment of their own.
+test-backbones:
+	$(MAKE) test VENV=.venv-backbones EXTRAS=test,backbones TESTS=tests/backbones
 
 check: $(BIN)/python
 	$(install) --editable ".[dev]"
@@ -43,4 +48,4 @@ bench: $(BIN)/python
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) site dist build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-backbones site dist build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -117,6 +117,16 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     truth = torch.randint(0, 4, (2, 8, 12), generator=generator)
     counts = torch.arange(1, 17).view(4, 4)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    tokens = torch.rand(2, 7, 4, generator=generator)
+    attention = torch.rand(2, 2, 7, 7, generator=generator).softmax(-1)
+    attend = nn.Module()
+    attend.forward = lambda x: nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3)
+
+    def capture(x: Tensor) -> Tensor:
+        with pl.cam.capture_attention(attend, detach=False) as found:
+            attend(x)
+        return found[0]
+
     cam_room, refine, masks, losses, metrics = pl.cam, pl.refine, pl.masks, pl.losses, pl.metrics
     heads, directions = pl.heads, cam[0, :, 0, :3]
     trimap = (cam * 3).floor() / 2
@@ -128,6 +138,18 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             cam,
         ),
         "cam.CAM": (lambda x: cam_room.CAM(network.to(x.dtype))(x), image),
+        "cam.capture_attention": (capture, tokens),
+        "cam.class_attention_map": (lambda x: cam_room.class_attention_map(x, (2, 3)), attention),
+        "cam.tokens_to_map": (lambda x: cam_room.tokens_to_map(x, (2, 3)), tokens),
+        "cam.interpolate_position_embedding": (
+            lambda x: cam_room.interpolate_position_embedding(x[0], (2, 3), (4, 5)),
+            tokens,
+        ),
+        "cam.patch_token_cam": (
+            lambda x: cam_room.patch_token_cam(x, torch.ones(5, 4, dtype=x.dtype), grid=(2, 3)),
+            tokens,
+        ),
+        "cam.top_k_pool": (lambda x: cam_room.top_k_pool(x, 3), cam),
         "cam.grad_cam": (lambda x: cam_room.grad_cam(x, x[:, None] - 0.5), cam),
         "cam.grad_cam_plus_plus": (lambda x: cam_room.grad_cam_plus_plus(x, x[:, None] - 0.5), cam),
         "cam.layer_cam": (lambda x: cam_room.layer_cam(x, x[:, None] - 0.5), cam),
@@ -162,6 +184,13 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "refine.cam_seed": (refine.cam_seed, cam),
         "refine.keep_max_class": (refine.keep_max_class, scores),
         "refine.pixel_correlation": (lambda x: refine.pixel_correlation(x, image.to(x.dtype)), cam),
+        "refine.attention_affinity": (refine.attention_affinity, attention),
+        "refine.feature_affinity": (refine.feature_affinity, cam),
+        "refine.propagate_affinity": (
+            lambda x: refine.propagate_affinity(x, torch.ones(2, 96, 96, dtype=x.dtype) / 96),
+            cam,
+        ),
+        "refine.box_mask": (refine.box_mask, cam),
         "refine.affinity_from_features": (lambda x: refine.affinity_from_features(x, 3), image),
         "refine.affinity_labels": (lambda x: refine.affinity_labels(x, 3), truth),
         "refine.random_walk": (lambda x: refine.random_walk(x, affinity.to(x.dtype), log_steps=1), scores),
@@ -195,6 +224,11 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "masks.trimap_from_cam": (lambda x: masks.trimap_from_cam(x, labels), cam),
         "masks.trimap_from_mask": (lambda x: masks.trimap_from_mask(x, 4, erode=1), truth),
         "masks.trimap_areas": (lambda x: masks.trimap_areas(x).foreground, cam),
+        "masks.vote_regions": (lambda x: masks.vote_regions(x, image > 0.5), scores),
+        "masks.vote_superpixels": (
+            lambda x: masks.vote_superpixels(x, truth, num_regions=4),
+            scores,
+        ),
         "masks.alpha_to_mask": (masks.alpha_to_mask, cam),
         "masks.slide_logits": (lambda x: masks.slide_logits(lambda crop: crop, x, (6, 6), (4, 4)), image),
         "masks.average_views": (lambda x: masks.average_views([x, x.flip(-1)], tuple(x.shape[2:])), cam),

@@ -1,8 +1,6 @@
 """Class activation maps from the weights of a linear classifier: one forward pass for all classes."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import TracebackType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -12,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from pseudolabel._checks import check_float, check_shapes
 from pseudolabel._maps import working_dtype
+from pseudolabel.cam._network import EvalMode, find_module, last_names
+from pseudolabel.cam.find_layers import find_classifier, linear_layers
 
 __all__ = ["CAM", "class_activation_map"]
 
@@ -78,7 +78,7 @@ class CAM:
         target_layer: Module, or its name in `model.named_modules()`, whose (B,D,h,w) output are the features.
             By default what is pooled before the classifier.
         classifier: The classifier's module, its name, or its weights (C,D). By default the last `nn.Linear`
-            or 1x1 `nn.Conv2d` of the model.
+            or 1x1 `nn.Conv2d` of the model outside of repeated blocks (`find_classifier`).
         bias: Add the classifier's bias to the maps.
         eval_mode: Put the network in eval mode while it runs. False leaves the modes alone, for training
             through the maps.
@@ -111,15 +111,13 @@ class CAM:
         eval_mode: bool = True,
     ) -> None:
         self.model = model
-        self.target_layer = (
-            None if target_layer is None else _find_module(model, "target_layer", target_layer)
-        )
+        self.target_layer = None if target_layer is None else find_module(model, "target_layer", target_layer)
         self.bias = bias
         self.eval_mode = eval_mode
         if classifier is None:
-            classifier = _last_classifier(model)
+            classifier = find_classifier(model).module
         self.classifier = (
-            classifier if isinstance(classifier, Tensor) else _find_module(model, "classifier", classifier)
+            classifier if isinstance(classifier, Tensor) else find_module(model, "classifier", classifier)
         )
         self._weight_and_bias()  # says at once if the classifier has no usable weights
         if isinstance(self.classifier, Tensor) and (self.target_layer is None or bias):
@@ -127,21 +125,14 @@ class CAM:
             raise ValueError(
                 f"classifier: expected {wanted} beside a weight tensor, which belongs to no module"
             )
-        self._modes = ExitStack()
-        self._depth = 0
+        self._eval = EvalMode(model, eval_mode)
 
     def __enter__(self) -> Self:
-        if self._depth == 0 and self.eval_mode:
-            self._modes.enter_context(_evaluating(self.model))
-        self._depth += 1
+        self._eval.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._modes.close()
+    def __exit__(self, *error: object) -> None:
+        self._eval.__exit__(*error)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the network on its own arguments and return the raw maps (B,C,h,w) of all classes."""
@@ -157,7 +148,7 @@ class CAM:
         if not isinstance(weight, Tensor) or weight.shape[2:].numel() != 1 or weight.dim() not in (2, 4):
             raise ValueError(
                 f"classifier: expected nn.Linear or a 1x1 nn.Conv2d, got {type(self.classifier).__name__}; "
-                f"candidates: {_candidates(self.model)}"
+                f"candidates: {linear_layers(self.model)}"
             )
         return weight, getattr(self.classifier, "bias", None)
 
@@ -182,7 +173,7 @@ class CAM:
             )
             raise ValueError(
                 f"{where}: expected (B, {watch.channels}, h, w), for {watch.channels} classifier inputs, "
-                f"got {watch.others or 'none'}; give target_layer, such as one of {_names(self.model)}"
+                f"got {watch.others or 'none'}; give target_layer, such as one of {last_names(self.model)}"
             )
         return watch.features
 
@@ -229,54 +220,3 @@ class _FeatureWatch(TorchFunctionMode):
             self.features = value
         else:
             self.others.append(tuple(value.shape))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards each module has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _find_module(model: nn.Module, argument: str, wanted: str | nn.Module) -> nn.Module:
-    if isinstance(wanted, str):
-        modules: dict[str, nn.Module] = dict(model.named_modules())
-        if wanted not in modules:
-            raise ValueError(
-                f"{argument}: expected the name of a module, got {wanted!r}; modules: {_names(model)}"
-            )
-        return modules[wanted]
-    if not any(module is wanted for module in model.modules()):
-        raise ValueError(f"{argument}: expected a module of the model, got another {type(wanted).__name__}")
-    return wanted
-
-
-def _last_classifier(model: nn.Module) -> nn.Module:
-    found = [module for module in model.modules() if _is_linear(module)]
-    if not found:
-        raise ValueError(
-            "classifier: expected an nn.Linear or a 1x1 nn.Conv2d in the model, got none; "
-            f"give classifier and target_layer; modules: {_names(model)}"
-        )
-    return found[-1]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-    )
-
-
-def _candidates(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if _is_linear(module)]
-
-
-def _names(model: nn.Module) -> list[str]:
-    """Names of the last modules, which are the likely ones."""
-    names = [name for name, _ in model.named_modules() if name]
-    return names[-12:]

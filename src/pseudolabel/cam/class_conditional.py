@@ -18,7 +18,7 @@ from pseudolabel._checks import (
     check_shapes,
 )
 from pseudolabel._maps import gather_present, present_classes, scatter_present, working_dtype
-from pseudolabel.cam.class_activation_map import _evaluating
+from pseudolabel.cam._network import EvalMode
 from pseudolabel.cam.views import check_scales, make_views, merge_views
 
 __all__ = [
@@ -512,7 +512,7 @@ def _network(cam_fn: CamFn, num_classes: int, pixels: int) -> Iterator[CamFn]:
         step = max(1, pixels // views.shape[2:].numel())
         return torch.cat([look(part) for part in torch.split(views, step)])
 
-    with _evaluating(cam_fn) if isinstance(cam_fn, nn.Module) else nullcontext():
+    with EvalMode(cam_fn) if isinstance(cam_fn, nn.Module) else nullcontext():
         yield look_by_parts
 
 

@@ -21,6 +21,7 @@ from pseudolabel.masks.trimap import (
     trimap_from_cam,
     trimap_from_mask,
 )
+from pseudolabel.masks.vote_regions import VoteRegions, vote_regions, vote_superpixels
 
 __all__ = [
     "TRIMAP_PRESETS",
@@ -29,6 +30,7 @@ __all__ = [
     "ProportionalPseudoMask",
     "TrimapAreas",
     "TrimapBuilder",
+    "VoteRegions",
     "alpha_to_mask",
     "average_views",
     "choose_background",
@@ -46,4 +48,6 @@ __all__ = [
     "trimap_areas",
     "trimap_from_cam",
     "trimap_from_mask",
+    "vote_regions",
+    "vote_superpixels",
 ]

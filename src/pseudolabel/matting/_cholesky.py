@@ -35,23 +35,23 @@ def banded_cholesky(stencil: Tensor, pixels: Pixels, most_work: float) -> Banded
     """The factor of the matrix with rows (n,k); None if it takes more multiplications, or is not definite."""
     from scipy.linalg import LinAlgError, cholesky_banded  # noqa: PLC0415 - slow to import
 
-    neighbours = pixels.neighbours(int(stencil.shape[1] ** 0.5) // 2)
-    order = _along_the_band(neighbours)
+    order = _along_the_band(pixels.neighbours(1))
     number = torch.empty(len(order), dtype=torch.int32)
     number[order] = torch.arange(len(order), dtype=torch.int32)
 
-    # The first half of each row holds every pair once, and the pixel itself.
+    # The first half of each row holds every pair once, and the pixel itself. What is not active has entries of
+    # 0, which change nothing on the diagonal.
     half = slice(stencil.shape[1] // 2 + 1)
-    ends, values = neighbours[:, half].flatten(), stencil[:, half].flatten()
-    pairs = (ends >= 0).nonzero()[:, 0]
-    one = number.repeat_interleave(half.stop).index_select(0, pairs)
-    other = number.index_select(0, ends.index_select(0, pairs))
+    near = pixels.neighbours(int(stencil.shape[1] ** 0.5) // 2)[:, half]
+    one = number[:, None]
+    other = number.index_select(0, near.clamp(min=0).flatten()).view_as(near).where(near >= 0, one)
     diagonal, column = (one - other).abs(), torch.minimum(one, other)
     width = int(diagonal.max())
     if len(order) * width**2 > most_work:
         return None
     band = stencil.new_zeros(len(order), width + 1)
-    band.view(-1)[(column * (width + 1) + diagonal).long()] = values.index_select(0, pairs)
+    place = column.long() * (width + 1) + diagonal
+    band.view(-1).scatter_add_(0, place.flatten(), stencil[:, half].flatten())
     try:
         factor = cholesky_banded(band.numpy().T, lower=True, overwrite_ab=True, check_finite=False)
     except LinAlgError:

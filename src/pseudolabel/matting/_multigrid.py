@@ -18,7 +18,7 @@ from pseudolabel.matting._solver import LinearMap
 
 __all__ = ["VCycle", "jacobi_step"]
 
-MOST_WORK = 3e8, 3e7  # multiplications for a Cholesky factor on the finest level, and on another
+MOST_WORK = 6e4, 3e7  # multiplications for a Cholesky factor: a pixel on the finest level, in all on another
 DENSE = 200  # unknowns of a last level of which the inverse is written out
 DAMPING = 0.8
 CHUNK = 4096  # coarse pixels at a time, so that what is gathered for them stays in the cache
@@ -49,7 +49,7 @@ class VCycle:
 
     def __init__(self, stencil: Tensor, matrix: Tensor, pixels: Pixels, columns: int | None = None) -> None:
         self.levels: list[Level] = []
-        while (last := _direct(stencil, pixels, finest=not self.levels)) is None:
+        while (last := _direct(stencil, pixels, columns, finest=not self.levels)) is None:
             down, up, coarse_pixels = _transfer(pixels, stencil.dtype)
             self.levels.append(Level(matrix, jacobi_step(stencil, columns), down, up))
             stencil, pixels = _galerkin(stencil, pixels, coarse_pixels), coarse_pixels
@@ -164,18 +164,23 @@ def _hat(distance: int) -> float:
     return max(0.0, 1 - abs(distance) / 2)
 
 
-def _direct(stencil: Tensor, pixels: Pixels, *, finest: bool) -> LinearMap | None:
+def _direct(stencil: Tensor, pixels: Pixels, columns: int | None, *, finest: bool) -> LinearMap | None:
     """The inverse of a matrix; None where that takes too much, and a coarser level is wanted."""
     small = len(pixels) <= DENSE
-    narrow = stencil.device.type == "cpu" and is_narrow(pixels.active)
-    if not small and not narrow:
+    several = finest and columns is not None and columns > 1  # they share a factor, but not the costs of steps
+    banded = stencil.device.type == "cpu" and (several or is_narrow(pixels.active))
+    if not small and not banded:
         return None
-    if not finest:
+    most_work = MOST_WORK[1]
+    if finest:
+        costly = several and stencil.shape[1] > 9  # random walks take fewer and cheaper steps
+        most_work = MOST_WORK[0] * len(pixels) * (4 if costly else 1)
+    else:
         # Few fine pixels may have more coarse ones around them than they can tell apart. A little shift makes
         # the matrix definite all the same.
         stencil = stencil.clone()
         stencil[:, stencil.shape[1] // 2] *= 1 + torch.finfo(stencil.dtype).eps ** 0.5
-    factor = banded_cholesky(stencil, pixels, MOST_WORK[0 if finest else 1]) if narrow else None
+    factor = banded_cholesky(stencil, pixels, most_work) if banded else None
     return factor if factor is not None or not small else _inverse(stencil, pixels)
 
 

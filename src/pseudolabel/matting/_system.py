@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_count,
     check_finite,
     check_float,
     check_number,
@@ -73,8 +74,7 @@ def check_request(
     check_float(trimap=trimap)
     check_unit_range(trimap=trimap)
     check_number("rtol", rtol, above=0)
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"max_iter: expected an integer >= 1, got {max_iter!r}")
+    check_count(max_iter=max_iter)
     if x0 is not None:
         check_shapes(trimap=(trimap, "B C H W"), x0=(x0, "B C H W"))
         check_float(x0=x0)

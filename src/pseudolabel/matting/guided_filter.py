@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_finite, check_float, check_number, check_shapes, check_unit_range
+from pseudolabel._checks import (
+    check_count,
+    check_finite,
+    check_float,
+    check_number,
+    check_shapes,
+    check_unit_range,
+)
 from pseudolabel._maps import gather_present, present_classes, scatter_present
 from pseudolabel.matting._classes import check_inputs, join_mattes, known_pixels
 
@@ -120,40 +127,41 @@ def guided_filter(image: Tensor, maps: Tensor, *, radius: int = 60, eps: float =
 
 def local_fits(guide: Tensor, radius: int, eps: float) -> Callable[[Tensor], Tensor]:
     """The filter of given images: what depends on them alone is computed once."""
-    colour = _window_mean(guide, radius)
-    inverse = _inverse(_covariances(guide, colour, radius), eps)
+    share = 1 / _window_sum(torch.ones_like(guide[:, :1]), radius)
+    colour = _window_sum(guide, radius) * share
+    inverse = _inverse(_covariances(guide, colour, share, radius), eps)
+    guide, colour, inverse = guide[:, :, None], colour[:, :, None], inverse[:, :, :, None] * share[:, None, None]
 
     def filtered(p: Tensor) -> Tensor:
-        value = _window_mean(p, radius)
+        total = _window_sum(p, radius)
         # (B,3,K,H,W): colours by maps
-        covariance = (
-            _window_mean(guide[:, :, None] * p[:, None], radius) - colour[:, :, None] * value[:, None]
-        )
-        slope = torch.einsum("bxyhw,bykhw->bxkhw", inverse, covariance)
-        offset = value - (slope * colour[:, :, None]).sum(1)
-        return (_window_mean(slope, radius) * guide[:, :, None]).sum(1) + _window_mean(offset, radius)
+        scatter = _window_sum(guide * p[:, None], radius) - colour * total[:, None]
+        slope = torch.stack([_dot(row, scatter) for row in inverse.unbind(1)], 1)
+        offset = total * share - _dot(slope, colour)
+        return (_dot(_window_sum(slope, radius), guide) + _window_sum(offset, radius)) * share
 
     return filtered
 
 
-def _window_mean(x: Tensor, radius: int) -> Tensor:
-    """Means over the windows around each pixel, of any size in the same time: differences of running sums."""
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sums over the colours of products (B,3,...). Faster than products of many small matrices."""
+    return (x[:, 0] * y[:, 0]).addcmul(x[:, 1], y[:, 1]).addcmul(x[:, 2], y[:, 2])
+
+
+def _window_sum(x: Tensor, radius: int) -> Tensor:
+    """Sums over the windows around each pixel, of any size in the same time: differences of running sums."""
     for dim in (-2, -1):
         side = x.shape[dim]
         reach = min(radius, side - 1)
-        running = F.pad(x, (0, 0, reach + 1, reach) if dim == -2 else (reach + 1, reach)).cumsum(dim)
+        running = F.pad(x, (0, 0, reach + 1, reach) if dim == -2 else (reach + 1, reach)).cumsum_(dim)
         x = running.narrow(dim, 2 * reach + 1, side) - running.narrow(dim, 0, side)
-        position = torch.arange(side, device=x.device)
-        count = (position + reach).clamp(max=side - 1) - (position - reach).clamp(min=0) + 1
-        count = count.to(x.dtype)
-        x = x / (count[:, None] if dim == -2 else count)
     return x
 
 
-def _covariances(guide: Tensor, mean: Tensor, radius: int) -> Tensor:
+def _covariances(guide: Tensor, mean: Tensor, share: Tensor, radius: int) -> Tensor:
     """The six different entries (B,6,H,W) of the covariance of the colours in each window."""
     row, column = torch.triu_indices(3, 3, device=guide.device)
-    return _window_mean(guide[:, row] * guide[:, column], radius) - mean[:, row] * mean[:, column]
+    return _window_sum(guide[:, row] * guide[:, column], radius) * share - mean[:, row] * mean[:, column]
 
 
 def _inverse(covariance: Tensor, eps: float) -> Tensor:
@@ -169,6 +177,5 @@ def _inverse(covariance: Tensor, eps: float) -> Tensor:
 
 def check_settings(radius: int, eps: float) -> None:
     """Check what the window methods are set to."""
-    if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
-        raise ValueError(f"radius: expected an integer >= 1, got {radius!r}")
+    check_count(radius=radius)
     check_number("eps", eps, above=0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pseudolabel._checks import check_count
 from pseudolabel.matting._classes import check_inputs, join_mattes, known_pixels
 
 __all__ = ["ViTMatte", "vitmatte_matting"]
@@ -51,7 +52,7 @@ def vitmatte_matting(image: Tensor, trimap: Tensor, model: nn.Module, *, batch_s
         Fusion 2024; the input is prepared as by `VitMatteImageProcessor` of transformers.
     """
     check_inputs(image, trimap)
-    _check_batch_size(batch_size)
+    check_count(batch_size=batch_size)
     known, seeds = known_pixels(trimap.detach())
     present = (trimap > 0).flatten(2).any(2) & ~known.flatten(2).all(2)
     b, c = present.nonzero(as_tuple=True)
@@ -82,7 +83,7 @@ class ViTMatte(nn.Module):
 
     def __init__(self, model: nn.Module | str | Path, *, batch_size: int = 1) -> None:
         super().__init__()
-        _check_batch_size(batch_size)
+        check_count(batch_size=batch_size)
         self.model = model if isinstance(model, nn.Module) else _load(Path(model))
         self.batch_size = batch_size
 
@@ -93,11 +94,6 @@ class ViTMatte(nn.Module):
     def extra_repr(self) -> str:
         """Settings, for `print`."""
         return f"batch_size={self.batch_size}"
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
 
 
 def _load(folder: Path) -> nn.Module:

@@ -1,5 +1,12 @@
 """From maps to better maps. A refiner is a callable `(image, maps) -> maps`."""
 
+from pseudolabel.refine.attention_affinity import (
+    AttentionAffinity,
+    attention_affinity,
+    box_mask,
+    feature_affinity,
+    propagate_affinity,
+)
 from pseudolabel.refine.coefficient_of_variation import (
     CoefficientOfVariationSmoothing,
     coefficient_of_variation,
@@ -40,6 +47,7 @@ __all__ = [
     "PAMR",
     "PAR",
     "VARM",
+    "AttentionAffinity",
     "CRFBackend",
     "CRFSettings",
     "CoefficientOfVariationSmoothing",
@@ -49,11 +57,14 @@ __all__ = [
     "affinity_from_features",
     "affinity_labels",
     "affinity_offsets",
+    "attention_affinity",
+    "box_mask",
     "cam_seed",
     "coefficient_of_variation",
     "coefficient_of_variation_smoothing",
     "dense_crf",
     "dilated_neighbors",
+    "feature_affinity",
     "felzenszwalb_superpixels",
     "keep_max_class",
     "merge_superpixels",
@@ -61,6 +72,7 @@ __all__ = [
     "par",
     "pixel_correlation",
     "probs_from_mask",
+    "propagate_affinity",
     "random_walk",
     "region_mean",
     "slic_superpixels",
