@@ -106,21 +106,23 @@ class Example:
     trunk: Tensor  # (2,96,h,w) half
     features: Tensor  # (2,160,h,w) half, of the frozen network
     pooled: Tensor  # (2,1280), likewise
-    superpixels: Tensor  # (2,h,w), those in the middle of each cell
+    superpixels: Tensor | None  # (2,h,w), those in the middle of each cell
     cam: Tensor | None = None  # (2,C,h,w), of the frozen network
 
 
 @torch.no_grad()
-def look(trunk: Trunk, tail: Tail, photo: animals.Photo) -> Example:
+def look(trunk: Trunk, tail: Tail, photo: animals.Photo, *, regions: int = REGIONS) -> Example:
     image = photo.image
     sides = SIDES if image.shape[3] > image.shape[2] else SIDES[::-1]
     image = F.interpolate(image, size=sides, mode="bilinear", antialias=True).clamp(0, 1)
     x = trunk(torch.cat([image, image.flip(-1)]) * 2 - 1)
     features = tail.first(x)
+    pooled = tail.deep(features).mean((2, 3))
+    if regions == 0:
+        return Example(photo, x.half(), features.half(), pooled, None)
     ids = pl.refine.felzenszwalb_superpixels(image)
     means = pl.refine.region_mean(features[:1], ids, align_corners=False)
-    ids = pl.refine.merge_superpixels(ids, means, REGIONS)[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
-    pooled = tail.deep(features).mean((2, 3))
+    ids = pl.refine.merge_superpixels(ids, means, regions)[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
     return Example(photo, x.half(), features.half(), pooled, torch.cat([ids, ids.flip(-1)]))
 
 
@@ -130,11 +132,11 @@ def add_cam(tail: Tail, example: Example) -> None:
 
 
 def prepare(
-    net: nn.Module, photos: Sequence[animals.Photo], workers: animals.Workers
+    net: nn.Module, photos: Sequence[animals.Photo], workers: animals.Workers, *, regions: int = REGIONS
 ) -> tuple[Tail, list[Example]]:
     """What the frozen network sees, and its classifier from image-level labels."""
     trunk, tail = Trunk(net), Tail(net)
-    examples = workers.map("features and superpixels", partial(look, trunk, tail), photos)
+    examples = workers.map("features", partial(look, trunk, tail, regions=regions), photos)
     labels = torch.cat([photo.labels.float().expand(2, -1) for photo in photos])
     tail.weight = animals.train_classifier(torch.cat([example.pooled for example in examples]), labels)
     workers.map("class activation maps", partial(add_cam, tail), examples)
@@ -254,15 +256,20 @@ def zero_ways() -> dict[str, MaskRule]:
 
 
 def crf_ways() -> dict[str, MaskRule]:
-    """Slow ones."""
+    """Ways that take their time."""
     return {f"seeds + CRF `{name}`": partial(seeds, crf=DenseCRF(**CRF_PRESETS[name])) for name in CRFS}
 
 
 class Scores:
     """Rows of figures, one figure for each trained model."""
 
-    def __init__(self, scored: Sequence[Example], workers: animals.Workers) -> None:
-        self.scored, self.workers = scored, workers
+    def __init__(
+        self,
+        scored: Sequence[Example],
+        workers: animals.Workers,
+        maps_of: Callable[[Model, Example], Maps],
+    ) -> None:
+        self.scored, self.workers, self.maps_of = scored, workers, maps_of
         self.num_classes = 1 + scored[0].photo.labels.shape[1]
         self.rows: dict[str, dict[str, list[float]]] = {}
 
@@ -281,20 +288,22 @@ class Scores:
                 photo.maps = None
 
     def _keep_cam(self, model: Model, example: Example) -> None:
-        cam = pl.cam.normalize_cam(maps_of(model, example)["cam"])[:, example.photo.labels[0]]
+        cam = pl.cam.normalize_cam(self.maps_of(model, example)["cam"])[:, example.photo.labels[0]]
         size = example.photo.truth.shape[1:]
         example.photo.maps = F.interpolate(cam, size=size, mode="bilinear")
 
-    def add(self, name: str, models: Sequence[Model], *, crf: bool) -> None:
-        """All ways of each model, those with a CRF of the first one at most."""
+    def add(
+        self, name: str, models: Sequence[Model], ways: dict[str, MaskRule], slow: dict[str, MaskRule]
+    ) -> None:
+        """All ways of each model, the slow ones of the first model alone."""
         for number, model in enumerate(models):
-            rules = zero_ways() | crf_ways() if crf and number == 0 else zero_ways()
+            rules = ways if number else ways | slow
             found = self.workers.map(f"masks, {name}", partial(self._count, model, rules), self.scored)
             for way in rules:
                 self._add(f"{name}: {way}", self._figures([counts[way] for counts in found]))
 
     def _count(self, model: Model, rules: dict[str, MaskRule], example: Example) -> dict[str, animals.Score]:
-        maps, truth, counts = maps_of(model, example), example.photo.truth, {}
+        maps, truth, counts = self.maps_of(model, example), example.photo.truth, {}
         for way, rule in rules.items():
             mask = rule(example.photo, maps)
             confusion = pl.metrics.confusion_matrix(mask, truth, self.num_classes)
@@ -334,7 +343,7 @@ def main() -> None:
     photos = [*scored, *animals.read_photos(data / "extra", options.limit, classes)]
     workers = animals.Workers(options.workers)
     tail, examples = prepare(animals.load_network(options.weights, STRIDE), photos, workers)
-    scores = Scores(examples[: len(scored)], workers)
+    scores = Scores(examples[: len(scored)], workers, maps_of)
     for name, epochs, base in (("frozen", options.epochs, None), ("tuned", options.tune_epochs, tail)):
         seeds = range(options.seeds if epochs else 0)
         models = [new_model(len(classes), number, base) for number in seeds]
@@ -344,7 +353,7 @@ def main() -> None:
 
         workers.map(f"train, {name}", learn, seeds)
         scores.add_cam(f"{name}: CAM", models[: 1 if base is None else None])
-        scores.add(name, models, crf=base is None)
+        scores.add(name, models, zero_ways(), crf_ways() if base is None else {})
     print(
         f"\n{len(photos)} photos to train on, {len(scored)} scored; maps masked by the true image labels\n"
         f"{options.epochs} epochs frozen, {options.tune_epochs} tuned; "
@@ -359,9 +368,9 @@ def main() -> None:
         )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(description: str | None = __doc__) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     data = Path(os.environ.get("PSEUDOLABEL_DATA", animals.SHARED)) / "voc-animals"
     parser.add_argument("--data", type=Path, default=data, help="folder of the photos")

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,8 @@ from voc_segmenter import Decoder, spread
 
 import pseudolabel as pl
 from pseudolabel.heads import Compensator, CrossRepresentationRefinement
-from pseudolabel.masks import DualThresholdMask
 from pseudolabel.recipes import RTCLoss, ViewOutput
-from pseudolabel.refine import CRF_PRESETS, VARM, DenseCRF
+from pseudolabel.refine import CRF_PRESETS, DenseCRF
 
 STRIDE = 16
 SIDES = (288, 384)  # view 1 of every photo, across or upright
@@ -45,10 +44,10 @@ FROZEN = 16  # blocks that stay as they are, of 17
 FINE, DEEP, LAST = 128, 320, 1280  # channels: of block 6, folded to stride 16; of block 17; of the last layer
 SIZES = {"shallow_reduce": (32,), "deep_reduce": (64, 64), "shallow_embed": 64, "deep_embed": 64}
 BATCH = 8
-LR, NEW_LR = 1e-4, 1e-3  # of what was learnt before, and of what starts anew
-HIGH, LOW = 0.55, 0.2  # of the masks that the segmentation branch learns from
+LR, NEW_LR = 3e-4, 5e-3  # of what was learnt before, and of what starts anew
 BACKGROUND = 0.17  # score of the background beside those of the segmentation branch, as published
 FIGURES = ("miou", "miou_one", "miou_several", "background", "boundary_f")
+KINDS = ("CAM", "refined maps", "segmentation")
 SEAM = ("classification", "min_pooling", "equivariance", "equivariant_cross")
 CTR = ("intra_view", "cross_label", "cross_prototype")
 
@@ -180,6 +179,7 @@ class Row:
     crr: bool = True
     temperature: float = 1.0  # of the compensator
     seeds: int = 1
+    full: bool = False  # all that comes from the segmentation branch is scored
 
 
 def batches(examples: Sequence[Example], generator: torch.Generator) -> list[list[int]]:
@@ -202,12 +202,8 @@ def train(
     network: Network, examples: Sequence[Example], row: Row, seed: int, options: argparse.Namespace
 ) -> Network:
     network.to(options.device)
-    segment = "segmentation" in row.terms
-    loss_fn = RTCLoss(
-        seg_start_epoch=options.seg_start if segment else options.epochs,
-        compensator=Compensator(temperature=row.temperature),
-        make_mask=DualThresholdMask(high=HIGH, low=LOW, refine=VARM(), softmax=True, downscale=2),
-    )
+    compensator = Compensator(temperature=row.temperature)
+    loss_fn = RTCLoss(seg_start_epoch=options.seg_start, compensator=compensator)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.param_groups(), weight_decay=5e-4)
     steps = options.epochs * len(batches(examples, generator))
@@ -221,10 +217,10 @@ def train(
                 for number in (0, 1)
             )
             labels = torch.cat([example.photo.labels for example, _ in pairs]).float().to(options.device)
-            out1, out2 = network(view1, segment=segment), network(view2, segment=False)
+            out1, out2 = network(view1), network(view2, segment=False)
             terms = loss_fn(out1, out2, labels, view1.image / 255, epoch=epoch).terms
             optimizer.zero_grad()
-            torch.stack([terms[name] for name in row.terms]).sum().backward()
+            torch.stack([terms[name] for name in (*row.terms, "segmentation")]).sum().backward()
             optimizer.step()
             schedule.step()
     return network.eval()
@@ -240,17 +236,13 @@ Maps = dict[str, Tensor]  # of a photo, each (1,C,h,w)
 def predict(network: Network, device: str, example: Example) -> Maps:
     """CAM and refined maps of view 1, scores of the segmentation branch of both views; mirrored as well."""
     out1, out2 = (network(gather([view], device)) for view in example.views)
-    fused = [
-        pl.masks.fuse_segmentation_and_class(out.logits, out.cam, out.input_size)[which : which + 1]
-        for out in (out2, out1)
-        for which in (0, 1)
-    ]
-    scores = pl.cam.merge_views(fused, out1.input_size) / len(fused)
     cam, refined = (value[:1] + value[1:].flip(-1) for value in (out1.cam, out1.refined[:, 1:]))
+    fused = [pl.masks.fuse_segmentation_and_class(o.logits, o.cam, o.input_size) for o in (out2, out1)]
+    views = [both[which : which + 1] for both in fused for which in (0, 1)]
     maps = {
         "CAM": pl.cam.normalize_cam(cam),
-        "refined": pl.cam.normalize_cam(refined, "minmax-zero"),
-        "segmentation": scores,
+        "refined maps": pl.cam.normalize_cam(refined, "minmax-zero"),
+        "segmentation": pl.cam.merge_views(views, out1.input_size) / len(views),
     }
     return {name: value.cpu() for name, value in maps.items()}
 
@@ -282,18 +274,18 @@ class Scores:
         self.num_classes = 1 + scored[0].photo.labels.shape[1]
         self.rows: dict[str, dict[str, list[float]]] = {}
 
-    def add(self, name: str, networks: Sequence[Network], kinds: Sequence[str]) -> None:
-        """The maps of each network, cut at a threshold, and all that comes from the segmentation branch."""
-        for network in networks:
-            found = self.workers.map("maps", partial(predict, network, self.device), self.scored)
-            for kind in kinds:
-                chosen = self._add_chosen(f"{name}: {kind}", [maps[kind] for maps in found])
-            if "segmentation" in kinds:
-                scores = [maps["segmentation"] for maps in found]
-                crf = DenseCRF(**CRF_PRESETS["deeplab"])
-                self._add_masks(f"{name}: segmentation, without image labels", scores, chosen, labelled=False)
-                self._add_masks(f"{name}: segmentation, threshold {BACKGROUND}", scores, [BACKGROUND] * 2)
-                self._add_masks(f"{name}: segmentation + CRF `deeplab`", scores, chosen, crf=crf)
+    def add(self, name: str, network: Network, kinds: Sequence[str] = KINDS) -> Callable[[], None]:
+        """The maps of a network, each cut at a threshold; what is returned adds further rows."""
+        found = self.workers.map("maps", partial(predict, network, self.device), self.scored)
+        for kind in kinds:
+            chosen = self._add_chosen(f"{name}: {kind}", [maps[kind] for maps in found])
+        return partial(self._add_branch, name, [maps["segmentation"] for maps in found], chosen)
+
+    def _add_branch(self, name: str, scores: Sequence[Tensor], chosen: Sequence[float]) -> None:
+        self._add_masks(f"{name}: segmentation, threshold {BACKGROUND}", scores, [BACKGROUND] * 2)
+        self._add_masks(f"{name}: segmentation, without image labels", scores, chosen, labelled=False)
+        crf = DenseCRF(**CRF_PRESETS["deeplab"])
+        self._add_masks(f"{name}: segmentation + CRF `deeplab`", scores, chosen, crf=crf)
 
     def _add_chosen(self, name: str, maps: Sequence[Tensor]) -> list[float]:
         """With a threshold from the other half: of the photos at even places, and of those at odd ones."""
@@ -347,18 +339,13 @@ class Scores:
 
 
 def all_rows(seeds: int) -> list[Row]:
+    every = (*SEAM, *CTR, "compensation")
     return [
-        Row("classification alone", SEAM[:1]),
         Row("SEAM's terms", SEAM, crr=False),
         Row("+ CRR", SEAM),
-        Row("+ CTR", SEAM + CTR),
-        Row("+ compensator, temperature 1", (*SEAM, *CTR, "compensation", "segmentation"), seeds=seeds),
-        Row(
-            "the same, temperature 0.05",
-            (*SEAM, *CTR, "compensation", "segmentation"),
-            temperature=0.05,
-            seeds=seeds,
-        ),
+        Row("+ CTR", (*SEAM, *CTR)),
+        Row("+ compensator", every, seeds=seeds, full=True),
+        Row("compensator at 0.05", every, temperature=0.05),
     ]
 
 
@@ -374,7 +361,7 @@ def main() -> None:
     labels = torch.cat([e.photo.labels.float().expand(len(e.pooled), -1) for e in examples])
     weight = animals.train_classifier(torch.cat([e.pooled for e in examples]), labels)
     scores = Scores(examples[: len(scored)], workers, options.device)
-    scores.add("before training", [Network(net, weight, crr=True).to(options.device)], ["CAM"])
+    scores.add("before training", Network(net, weight, crr=True).to(options.device), ["CAM"])
     for row in all_rows(options.seeds):
         networks = [new_network(net, weight, row, seed) for seed in range(row.seeds)]
 
@@ -382,7 +369,11 @@ def main() -> None:
             return train(networks[seed], examples, row, seed, options)
 
         workers.map(f"train, {row.name}", learn, range(row.seeds))
-        scores.add(row.name, networks, ["CAM", "refined", "segmentation"], crf=True)
+        further = [scores.add(row.name, network) for network in networks]
+        if row.full:
+            full = further
+    for add_rows in full:
+        add_rows()
     print(
         f"\n{len(photos)} photos to train on, {len(scored)} scored\n"
         f"{options.epochs} epochs, the segmentation branch from epoch {options.seg_start} on; "
@@ -406,7 +397,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="networks of the last rows")
     parser.add_argument("--epochs", type=int, default=2, help="of training")
     parser.add_argument(
-        "--seg-start", type=int, default=0, help="first epoch of the segmentation branch, from 0"
+        "--seg-start", type=int, default=1, help="first epoch of the segmentation branch, from 0"
     )
     parser.add_argument("--device", default="cpu", help="to train on; features and scores stay on the CPU")
     parser.add_argument("--limit", type=int, help="photos of each folder, for a quick look")

@@ -23,7 +23,7 @@ from pseudolabel.heads import (
     d2cam_posterior,
     d2cam_triplet_loss,
 )
-from pseudolabel.masks import constant_background, scores_to_mask
+from pseudolabel.masks import constant_background, dual_threshold_mask, scores_to_mask
 from pseudolabel.metrics import confusion_matrix, iou_from_confusion
 
 seeds = st.integers(0, 1000)
@@ -122,7 +122,7 @@ def test_contrast_by_hand() -> None:
         negative += [-math.log(1 - min(float(kept[i, 0] @ kept[j, 1]), 0.9995)) for j in range(3)]
     for side in (0, 1):
         for i in range(3):
-            likeness = sorted((min(float(kept[i, side] @ kept[j, side]), 0.9995) for j in range(3) if j != i))
+            likeness = sorted(min(float(kept[i, side] @ kept[j, side]), 0.9995) for j in range(3) if j != i)
             positive += [-math.exp(-0.25 * rank) * math.log(s) for rank, s in enumerate(likeness[::-1])]
     expected = sum(negative) / 9 + sum(positive) / 6
     assert float(d2cam_contrast_loss(pooled, labels)) == pytest.approx(expected)
@@ -264,7 +264,7 @@ def test_module_equals_functions(fb: str) -> None:
     anchor = d2cam_anchor_loss(logits, seed, LABELS)
     terms = (expected["category"], expected[fb], anchor, expected["exclusivity"])
     torch.testing.assert_close(tuple(out.losses), terms)
-    weights = (0.3, 0.3, 0.5, 0.3)
+    weights = (0.1, 1.0, 0.5, 1.0)
     torch.testing.assert_close(out.loss, sum(w * term for w, term in zip(weights, terms, strict=True)))
 
 
@@ -367,3 +367,123 @@ def test_errors() -> None:
         head(fb="other")
     with pytest.raises(TypeError, match="features: expected a floating-point tensor"):
         d2cam_logits(features.long(), classes, backgrounds)
+
+
+# ------------------------------------------------------------------------------------------- what it learns
+#
+# Scenes of 12 x 12 positions: objects with a small part that tells their class and a body that all classes
+# share, in front of one of five backgrounds, four times in five that of the class. So a CAM finds the part
+# and some of the background; the body can only be found by what is alike within and between photos.
+
+NUM_CLASSES, NUM_BACKGROUNDS, CHANNELS, SIDE, SCENES = 6, 5, 24, 12, 160
+SEEDS = (1, 2, 3)
+STEPS, WARM_UP = 250, 50
+
+
+def scenes(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (B,D,h,w), labels (B,C) and true masks (B,h,w)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(count: int) -> Tensor:
+        return F.normalize(torch.randn(count, CHANNELS, generator=generator), dim=1)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    def chance(share: float) -> bool:
+        return bool(torch.rand(1, generator=generator) < share)
+
+    parts, fur, backgrounds = unit(NUM_CLASSES), unit(1), unit(NUM_BACKGROUNDS)
+    bodies = F.normalize(0.3 * parts + 0.95 * fur, dim=1)
+    features = torch.empty(SCENES, CHANNELS, SIDE, SIDE)
+    truth = torch.zeros(SCENES, SIDE, SIDE, dtype=torch.int64)
+    labels = torch.zeros(SCENES, NUM_CLASSES)
+    for x, mask, label in zip(features, truth, labels, strict=True):
+        classes = torch.randperm(NUM_CLASSES, generator=generator)[: 1 + chance(0.3)]
+        ground = classes[0] % NUM_BACKGROUNDS if chance(0.8) else integer(0, NUM_BACKGROUNDS)
+        x[:] = backgrounds[ground][:, None, None]
+        label[classes] = 1
+        for c in classes.tolist():
+            height, width = integer(5, 8), integer(5, 8)
+            top, left = integer(0, SIDE - height + 1), integer(0, SIDE - width + 1)
+            x[:, top : top + height, left : left + width] = bodies[c][:, None, None]
+            mask[top : top + height, left : left + width] = c + 1
+            y0, x0 = top + integer(0, height - 2), left + integer(0, width - 2)
+            x[:, y0 : y0 + 3, x0 : x0 + 3] = parts[c][:, None, None]
+    features += 0.15 * torch.randn(features.shape, generator=generator)
+    return features, labels, truth
+
+
+def frozen_cam(features: Tensor, labels: Tensor) -> Tensor:
+    """Normalised maps of a logistic regression on the mean features."""
+    pooled = features.mean((2, 3))
+    weight = torch.zeros(NUM_CLASSES, CHANNELS, requires_grad=True)
+    bias = torch.zeros(NUM_CLASSES, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        error = F.binary_cross_entropy_with_logits(F.linear(pooled, weight, bias), labels)
+        value = error + 1e-4 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    cam = class_activation_map(features, weight.detach()).clamp(min=0)
+    return normalize_cam(cam * labels[:, :, None, None])
+
+
+def miou(mask: Tensor, truth: Tensor) -> float:
+    return float(iou_from_confusion(confusion_matrix(mask, truth, 1 + NUM_CLASSES)).mean())
+
+
+def learnt(seed: int, warm_up: int = WARM_UP, **settings: float) -> float:
+    """The mIoU of a head that has been trained on the scenes of a seed."""
+    features, labels, truth = scenes(seed)
+    cam = frozen_cam(features, labels)
+    certain = dual_threshold_mask(cam, labels=labels, high=0.5, low=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    module = DoubleDecoupledCAM(CHANNELS, NUM_CLASSES, dim=24, generator=generator, **settings)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        batch = torch.randint(SCENES, (16,), generator=generator)
+        weight = d2cam_anchor_weight(step, warm_up)
+        loss = module(features[batch], labels[batch], certain[batch], anchor_weight=weight).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return miou(module.eval()(features, labels).posterior.argmax(1), truth)
+
+
+def mean_learnt(**settings: float) -> float:
+    return sum(learnt(seed, **settings) for seed in SEEDS) / len(SEEDS)
+
+
+def best_threshold(seed: int) -> float:
+    features, labels, truth = scenes(seed)
+    cam = frozen_cam(features, labels)
+    return max(miou(scores_to_mask(constant_background(cam, step / 20)), truth) for step in range(1, 19))
+
+
+@pytest.fixture(scope="module")
+def whole() -> float:
+    return mean_learnt()
+
+
+def test_learns_more_than_the_frozen_cam_knows(whole: float) -> None:
+    """.80 after .44, that at the best threshold of all."""
+    assert whole > 0.2 + sum(map(best_threshold, SEEDS)) / len(SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("without", "loses"),
+    [({"exclusivity_weight": 0.0}, 0.02), ({"category_weight": 0.0}, 0.06), ({"fb_weight": 0.0}, 0.08)],
+    ids=["exclusivity", "category", "foreground-background"],
+)
+def test_each_term_is_needed(whole: float, without: dict[str, float], loses: float) -> None:
+    """Without it: .75, .64, .59."""
+    assert mean_learnt(**without) < whole - loses
+
+
+def test_without_the_anchor_sides_swap(whole: float) -> None:
+    assert mean_learnt(warm_up=0) < whole - 0.3

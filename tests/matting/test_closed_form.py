@@ -375,6 +375,19 @@ def test_narrow_zones_take_one_step(zone: int, one_step: bool) -> None:
     torch.testing.assert_close(alpha, other, rtol=0, atol=1e-9 if one_step else 0.05)
 
 
+def test_wider_zones_take_one_step_with_several_classes() -> None:
+    """Classes share the Cholesky factors, which pay sooner."""
+    image, trimap = case(classes=2, size=(40, 60))
+    trimap.fill_(0)
+    trimap[:, 0, :20, :20] = trimap[:, 1, 20:, :20] = 1
+    trimap[..., 20:50] = 0.5
+    alpha, report = closed_form_matting(image, trimap, return_report=True)
+    assert report.iterations == 1
+    other, report = closed_form_matting(image, trimap, preconditioner="jacobi", return_report=True, **EXACT)
+    assert report.converged
+    torch.testing.assert_close(alpha, other, rtol=0, atol=1e-9)
+
+
 # ------------------------------------------------------------------- report, start, prior, gradients
 
 

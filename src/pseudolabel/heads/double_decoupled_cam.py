@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from pseudolabel._checks import (
     check_choice,
     check_classes,
+    check_count,
     check_float,
     check_labels,
     check_number,
@@ -94,21 +95,23 @@ def d2cam_logits(
     return torch.cat([background, foreground], 1).to(features.dtype)
 
 
-def d2cam_posterior(logits: Tensor, labels: Tensor) -> Tensor:
+def d2cam_posterior(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Let background and labelled classes compete at each position: this is the double decoupled map.
 
-        q(p) = softmax of l(p) over background and labelled classes;  0 for the others
+        q(p) = softmax of l(p) / temperature over background and labelled classes;  0 for the others
 
     Args:
         logits: Logits (B,1+C,h,w), background first (`d2cam_logits`).
         labels: Image-level labels (B,C).
+        temperature: 1 as in training, where the posterior becomes surer than it is right. A refiner weighs it
+            against the photo, and does better with 3 to 5.
 
     Returns:
         Scores (B,1+C,h,w) in [0, 1] that sum to one at each position.
 
     Raises:
         TypeError: If ``logits`` are not floating-point.
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit or ``temperature`` is not positive.
 
     Examples:
         >>> import torch
@@ -118,7 +121,8 @@ def d2cam_posterior(logits: Tensor, labels: Tensor) -> Tensor:
     Source:
         Our definition, see `DoubleDecoupledCAM`.
     """
-    return _masked_logits(logits, labels).softmax(1).to(logits.dtype)
+    check_number("temperature", temperature, above=0)
+    return (_masked_logits(logits, labels) / temperature).softmax(1).to(logits.dtype)
 
 
 def d2cam_pool(features: Tensor, posterior: Tensor, *, valid_mask: Tensor | None = None) -> Tensor:
@@ -520,12 +524,13 @@ class DoubleDecoupledCAM(nn.Module):
     background (`d2cam_logits`); labelled classes and background compete at each position (`d2cam_posterior`).
     In training
 
-        loss = category_weight  d2cam_category_loss                        which class is it
-             + fb_weight        d2cam_foreground_background_loss           is it a class at all
-             + anchor_weight    d2cam_anchor_loss                          at the start: what a CAM is sure of
-             + exclusivity_weight  d2cam_exclusivity_loss                  one answer at each position
+        loss = category_weight     d2cam_category_loss       which class is it
+             + fb_weight           d2cam_contrast_loss       is it a class at all (or another form: `fb`)
+             + anchor_weight       d2cam_anchor_loss         at the start: what a CAM is sure of
+             + exclusivity_weight  d2cam_exclusivity_loss    one answer at each position
 
-    to be added to the classification loss of the user's own CAM head.
+    to be added to the classification loss of the user's own CAM head. Form and weights are those that did
+    best on real photos; without the anchor at the start foreground and background may swap.
 
     Args:
         in_channels: Channels of the features.
@@ -537,9 +542,8 @@ class DoubleDecoupledCAM(nn.Module):
         category_weight: Weight of the category decoupling.
         fb_weight: Weight of the foreground-background decoupling.
         exclusivity_weight: Weight of the exclusivity.
-        fb: Form of the foreground-background decoupling: `margin`
-            (`d2cam_foreground_background_loss`), `triplet` (`d2cam_triplet_loss`), `c2am`
-            (`d2cam_contrast_loss`).
+        fb: Form of the foreground-background decoupling: `c2am` (`d2cam_contrast_loss`), `margin`
+            (`d2cam_foreground_background_loss`), `triplet` (`d2cam_triplet_loss`).
         detach_pool: Let no gradient through the weights of the pooling.
         generator: Random numbers of the first weights.
 
@@ -556,10 +560,11 @@ class DoubleDecoupledCAM(nn.Module):
         (torch.Size([2, 4, 5, 7]), torch.Size([]))
 
     Source:
-        In the spirit of Wang, Xu, Xu, Meng and Zhang, Mat-Label, ICCV 2023. From its abstract are: the double decoupling, of
-        categories and of foreground and background, by metric learning, and two constraints, one that
-        stabilises optimisation and one that removes non-exclusive activation. The formulas of the paper are
-        not public; all formulas here are ours.
+        In the spirit of Wang, Xu, Xu, Meng and Zhang, "Treating Pseudo-labels Generation as Image Matting for
+        Weakly Supervised Semantic Segmentation" (Mat-Label), ICCV 2023. Its abstract states: the double
+        decoupling, of categories and of foreground and background, by metric learning, and two constraints,
+        one that stabilises optimisation and one that removes non-exclusive activation. Its formulas are not
+        public: all formulas here are ours, or those of the relatives that the functions name.
     """
 
     def __init__(
@@ -567,32 +572,29 @@ class DoubleDecoupledCAM(nn.Module):
         in_channels: int,
         num_foreground: int,
         *,
-        dim: int = 128,
-        num_background: int = 4,
+        dim: int = 256,
+        num_background: int = 8,
         scale: float = 10.0,
         margin: float = 0.2,
-        category_weight: float = 0.3,
-        fb_weight: float = 0.3,
-        exclusivity_weight: float = 0.3,
-        fb: ForegroundBackground = "margin",
+        category_weight: float = 0.1,
+        fb_weight: float = 1.0,
+        exclusivity_weight: float = 1.0,
+        fb: ForegroundBackground = "c2am",
         detach_pool: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"in_channels": in_channels, "num_foreground": num_foreground}
-        for name, value in {**sizes, "dim": dim, "num_background": num_background}.items():
-            check_number(name, value, at_least=1)
-        weights = {"category_weight": category_weight, "fb_weight": fb_weight}
-        for name, weight in {**weights, "exclusivity_weight": exclusivity_weight}.items():
-            check_number(name, weight, at_least=0)
+        check_count(in_channels=in_channels, num_foreground=num_foreground)
+        check_count(dim=dim, num_background=num_background)
+        check_number("category_weight", category_weight, at_least=0)
+        check_number("fb_weight", fb_weight, at_least=0)
+        check_number("exclusivity_weight", exclusivity_weight, at_least=0)
         _check_metric(scale, margin)
         check_choice("fb", fb, get_args(ForegroundBackground))
         self.scale, self.margin = scale, margin
-        self.category_weight, self.fb_weight, self.exclusivity_weight = (
-            category_weight,
-            fb_weight,
-            exclusivity_weight,
-        )
+        self.category_weight = category_weight
+        self.fb_weight = fb_weight
+        self.exclusivity_weight = exclusivity_weight
         self.fb: ForegroundBackground = fb
         self.detach_pool = detach_pool
 
@@ -623,24 +625,23 @@ class DoubleDecoupledCAM(nn.Module):
         posterior = d2cam_posterior(logits, labels)
         if not self.training:
             return D2CAMOutput(posterior, logits, None, None)
-        if anchor_weight and seed is None:
+        if anchor_weight > 0 and seed is None:
             raise ValueError("seed: expected a label map (B,h,w) beside an anchor_weight, got None")
         weights = posterior.detach() if self.detach_pool else posterior
         pooled = d2cam_pool(z, weights, valid_mask=valid_mask)
+        nothing = logits.sum() * 0
         losses = D2CAMLosses(
             d2cam_category_loss(pooled, self.class_proxies, labels, scale=self.scale, margin=self.margin),
             self._foreground_background(z, weights, pooled, labels, valid_mask),
-            d2cam_anchor_loss(logits, seed, labels)
-            if anchor_weight and seed is not None
-            else logits.sum() * 0,
+            nothing if seed is None or anchor_weight == 0 else d2cam_anchor_loss(logits, seed, labels),
             d2cam_exclusivity_loss(posterior, labels, valid_mask=valid_mask),
         )
-        weighted = zip(
-            (self.category_weight, self.fb_weight, anchor_weight, self.exclusivity_weight),
-            losses,
-            strict=True,
+        loss = (
+            self.category_weight * losses.category
+            + self.fb_weight * losses.foreground_background
+            + anchor_weight * losses.anchor
+            + self.exclusivity_weight * losses.exclusivity
         )
-        loss = torch.stack([weight * term for weight, term in weighted if weight] or [logits.sum() * 0]).sum()
         return D2CAMOutput(posterior, logits, loss, losses)
 
     def _foreground_background(

@@ -1,4 +1,4 @@
-"""Cholesky factors of a matrix whose pixels form a narrow band, wherever it bends, as a preconditioner.
+"""Cholesky factors of a matrix whose pixels form a band, wherever it bends, as a preconditioner.
 
 Numbered along the band, in the reverse Cuthill-McKee order, neighbours have numbers near to each other. So
 the matrix has few diagonals, and its factor has no more. It is for the CPU: SciPy orders and factorises.
@@ -39,13 +39,13 @@ def banded_cholesky(stencil: Tensor, pixels: Pixels, most_work: float) -> Banded
     number = torch.empty(len(order), dtype=torch.int32)
     number[order] = torch.arange(len(order), dtype=torch.int32)
 
-    # The first half of each row holds every pair once, and the pixel itself. What is not active has entries of
-    # 0, which change nothing on the diagonal.
+    # The first half of each row holds every pair once, and the pixel itself. What is not active has entries
+    # of 0, which change nothing on the diagonal.
     half = slice(stencil.shape[1] // 2 + 1)
     near = pixels.neighbours(int(stencil.shape[1] ** 0.5) // 2)[:, half]
     one = number[:, None]
-    other = number.index_select(0, near.clamp(min=0).flatten()).view_as(near).where(near >= 0, one)
-    diagonal, column = (one - other).abs(), torch.minimum(one, other)
+    other = number.index_select(0, near.clamp(min=0).flatten()).view_as(near)
+    diagonal, column = (one - other).abs() * (near >= 0), torch.minimum(one, other)
     width = int(diagonal.max())
     if len(order) * width**2 > most_work:
         return None

@@ -19,6 +19,7 @@ from pseudolabel.matting._solver import LinearMap
 __all__ = ["VCycle", "jacobi_step"]
 
 MOST_WORK = 6e4, 3e7  # multiplications for a Cholesky factor: a pixel on the finest level, in all on another
+LARGEST = 2e10  # multiplications for any factor, for the sake of memory
 DENSE = 200  # unknowns of a last level of which the inverse is written out
 DAMPING = 0.8
 CHUNK = 4096  # coarse pixels at a time, so that what is gathered for them stays in the cache
@@ -167,14 +168,14 @@ def _hat(distance: int) -> float:
 def _direct(stencil: Tensor, pixels: Pixels, columns: int | None, *, finest: bool) -> LinearMap | None:
     """The inverse of a matrix; None where that takes too much, and a coarser level is wanted."""
     small = len(pixels) <= DENSE
-    several = finest and columns is not None and columns > 1  # they share a factor, but not the costs of steps
+    several = finest and columns is not None and columns > 1  # which share a factor, and pay for steps
     banded = stencil.device.type == "cpu" and (several or is_narrow(pixels.active))
     if not small and not banded:
         return None
     most_work = MOST_WORK[1]
     if finest:
         costly = several and stencil.shape[1] > 9  # random walks take fewer and cheaper steps
-        most_work = MOST_WORK[0] * len(pixels) * (4 if costly else 1)
+        most_work = min(MOST_WORK[0] * len(pixels) * (4 if costly else 1), LARGEST)
     else:
         # Few fine pixels may have more coarse ones around them than they can tell apart. A little shift makes
         # the matrix definite all the same.

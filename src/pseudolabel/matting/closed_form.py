@@ -114,7 +114,8 @@ def closed_form_matting(
             needed, not what is looked for.
         preconditioner: `v-cycle`, or `jacobi`, which takes many more steps that are cheaper. On a CPU the
             V-cycle gives way to Cholesky factors, with which one step is all, where the unknown zone is a
-            band: no pixel of it farther than 8 from known ones.
+            band: no pixel of it farther than 8 from known ones, or where several classes share the factors
+            about 60, by its shape.
         clip: Raw mattes leave [0, 1] at some pixels. They are cut off there, and divided by their sum with
             the background's. False leaves them raw.
         return_report: Return a `MattingReport` as well.

@@ -130,7 +130,8 @@ def local_fits(guide: Tensor, radius: int, eps: float) -> Callable[[Tensor], Ten
     share = 1 / _window_sum(torch.ones_like(guide[:, :1]), radius)
     colour = _window_sum(guide, radius) * share
     inverse = _inverse(_covariances(guide, colour, share, radius), eps)
-    guide, colour, inverse = guide[:, :, None], colour[:, :, None], inverse[:, :, :, None] * share[:, None, None]
+    inverse = inverse[:, :, :, None] * share[:, None, None]
+    guide, colour = guide[:, :, None], colour[:, :, None]
 
     def filtered(p: Tensor) -> Tensor:
         total = _window_sum(p, radius)

@@ -2,7 +2,8 @@
 
 from pseudolabel.recipes.icd import icd
 from pseudolabel.recipes.infercam import infercam
+from pseudolabel.recipes.matlabel import matlabel
 from pseudolabel.recipes.pmm import pmm
 from pseudolabel.recipes.rtc import RTCLoss, RTCOutput, ViewOutput, rtc
 
-__all__ = ["RTCLoss", "RTCOutput", "ViewOutput", "icd", "infercam", "pmm", "rtc"]
+__all__ = ["RTCLoss", "RTCOutput", "ViewOutput", "icd", "infercam", "matlabel", "pmm", "rtc"]
