@@ -35,27 +35,19 @@ BATCH = 16
 WARMUP_EPOCHS = 1
 SURE, SURE_NOT = 0.5, 0.1  # of the frozen CAM: above it is foreground to the anchor, below background
 SOFT = 5.0  # temperature of a posterior that a refiner weighs against the photo
-BAND = 15  # pixels on either side of an edge that matting may move
+NO_TERM = {"category_weight": 0.0, "fb_weight": 0.0, "exclusivity_weight": 0.0}
 VARIANTS = {
-    "anchor alone": {
-        "anchor_stays": True,
-        "category_weight": 0.0,
-        "fb_weight": 0.0,
-        "exclusivity_weight": 0.0,
-    },
+    "anchor alone": {"anchor_stays": True, **NO_TERM},
     "+ category": {"anchor_stays": True, "fb_weight": 0.0, "exclusivity_weight": 0.0},
     "+ foreground-background": {"anchor_stays": True, "exclusivity_weight": 0.0},
     "+ exclusivity": {"anchor_stays": True},
-    "whole: anchor ends": {},
+    "whole (the anchor ends)": {},
     "whole without category": {"category_weight": 0.0},
     "whole without foreground-background": {"fb_weight": 0.0},
     "whole without exclusivity": {"exclusivity_weight": 0.0},
     "whole without anchor": {"warmup": 0.0},
     "whole with `margin`": {"fb": "margin"},
     "whole with `triplet`": {"fb": "triplet"},
-    "whole, pool detached": {"detach_pool": True},
-    "whole, four background proxies": {"num_background": 4},
-    "whole, 128 channels": {"dim": 128},
 }
 
 
@@ -184,23 +176,31 @@ def fast_ways() -> dict[str, MaskRule]:
 
 def slow_ways() -> dict[str, MaskRule]:
     crf = DenseCRF(**CRF_PRESETS["deeplab"])
-    surest = pl.masks.TrimapBuilder(kind="posterior", foreground=0.8, background=0.8, margin=0.2)
-    loose = pl.masks.TrimapBuilder(kind="posterior", foreground=0.6, background=0.6, erode=8)
-    unknown = pl.masks.TrimapBuilder(kind="posterior", foreground=1.0, background=1.0, fallback=0.0)
-    knn = MattingRefiner("knn", scale=0.5)
-    half = MattingRefiner(scale=0.5)
+    sure, loose, unknown = (
+        pl.masks.TrimapBuilder(
+            kind="posterior", foreground=value, background=value, margin=margin, **settings
+        )
+        for value, margin, settings in (
+            (0.8, 0.2, {}),
+            (0.6, 0.0, {"erode": 8}),
+            (1.0, 0.0, {"fallback": 0.0}),
+        )
+    )
+    knn, walk, half = (
+        MattingRefiner("knn", scale=0.5, prior_weight=0.1),
+        MattingRefiner("random_walk"),
+        MattingRefiner(scale=0.5),
+    )
     return {
-        "CRF `deeplab`": of_present(refined, refine=crf, temperature=1.0),
-        "softened, CRF `deeplab`": of_present(refined, refine=crf),
-        "trimap, closed form": of_present(matted, refine=None, trimap=surest, temperature=1.0),
+        "CRF": of_present(refined, refine=crf, temperature=1.0),
+        "softened, CRF": of_present(refined, refine=crf),
+        "trimap, closed form": of_present(matted, refine=None, trimap=sure, temperature=1.0),
         "softened, prior alone, closed form": of_present(matted, refine=None, trimap=unknown, matting=half),
         "softened, guided filter": of_present(refined, refine=guided_filter),
-        "softened, guided filter, trimap, closed form": of_present(
-            matted, refine=guided_filter, trimap=loose
-        ),
-        "softened, CRF, trimap, closed form (recipe)": of_present(matted),
-        "softened, CRF, trimap, KNN": of_present(matted, matting=knn),
-        "softened, CRF, trimap, random walk": of_present(matted, matting=MattingRefiner("random_walk")),
+        "softened, guided filter, closed form": of_present(matted, refine=guided_filter, trimap=loose),
+        "softened, CRF, closed form (recipe)": of_present(matted),
+        "softened, CRF, KNN": of_present(matted, matting=knn),
+        "softened, CRF, random walk": of_present(matted, matting=walk),
     }
 
 

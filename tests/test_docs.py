@@ -129,6 +129,7 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
 
     cam_room, refine, masks, losses, metrics = pl.cam, pl.refine, pl.masks, pl.losses, pl.metrics
     heads, directions = pl.heads, cam[0, :, 0, :3]
+    pooled = nn.functional.normalize(scores[:, :, 0, :3], dim=2)
     trimap = (cam * 3).floor() / 2
     matting_network = lambda x: SimpleNamespace(alphas=x[:, 3:])  # noqa: E731
     affinity = refine.affinity_from_features(image, 3)
@@ -300,6 +301,24 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             lambda x: heads.compensation_loss(x, scores.to(x.dtype), labels),
             cam,
         ),
+        "heads.d2cam_logits": (lambda x: heads.d2cam_logits(x, directions, directions), image),
+        "heads.d2cam_posterior": (lambda x: heads.d2cam_posterior(x, labels), scores),
+        "heads.d2cam_pool": (lambda x: heads.d2cam_pool(x, scores.to(x.dtype)), image),
+        "heads.d2cam_category_loss": (
+            lambda x: heads.d2cam_category_loss(pooled.to(x.dtype), x, labels),
+            directions,
+        ),
+        "heads.d2cam_foreground_background_loss": (
+            lambda x: heads.d2cam_foreground_background_loss(pooled.to(x.dtype), x, x, labels),
+            directions,
+        ),
+        "heads.d2cam_contrast_loss": (lambda x: heads.d2cam_contrast_loss(x, labels), pooled[:, :2]),
+        "heads.d2cam_triplet_loss": (
+            lambda x: heads.d2cam_triplet_loss(x, scores.to(x.dtype), directions, labels),
+            image,
+        ),
+        "heads.d2cam_anchor_loss": (lambda x: heads.d2cam_anchor_loss(x, truth * 0, labels), scores),
+        "heads.d2cam_exclusivity_loss": (lambda x: heads.d2cam_exclusivity_loss(x, labels), scores),
         "losses.pretended_under_fitting_loss": (
             lambda x: losses.pretended_under_fitting_loss(x, truth),
             scores,
@@ -345,6 +364,12 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             lambda x: pl.recipes.rtc(x, lambda view: (view[:, 1:], view), crf=None),
             image,
         ),
+        "recipes.matlabel": (
+            lambda x: pl.recipes.matlabel(
+                image, x, labels, refine=None, matting=lambda _, trimap, __: trimap
+            ),
+            scores / scores.sum(1, keepdim=True),
+        ),
         "recipes.pmm": (lambda x: pl.recipes.pmm(image, x, labels, crf=None), cam),
     }
 
@@ -377,6 +402,7 @@ def test_precision_table_is_complete() -> None:
         "cam.find_target_layer",
         "masks.choose_background",
         "refine.affinity_offsets",
+        "heads.d2cam_anchor_weight",
         "heads.icd_warmup",
     }
     assert set(ROWS) == set(cases()) == functions - no_tensor | {"cam.CAM"}

@@ -86,20 +86,22 @@ def test_promised_names() -> None:
     promised = {
         "cam": "class_activation_map CAM normalize_cam make_views merge_views multi_scale_cam "
         "multi_crop_boxes multi_crop_cam class_conditional_response class_center_boxes infer_response_map "
-        "ClassConditionalInference",
+        "ClassConditionalInference GradCAM GradCAMPlusPlus LayerCAM tokens_to_map",
         "refine": "coefficient_of_variation coefficient_of_variation_smoothing "
         "CoefficientOfVariationSmoothing dense_crf DenseCRF CRF_PRESETS pixel_correlation random_walk "
-        "superpixel_refine merge_superpixels region_mean",
+        "superpixel_refine merge_superpixels region_mean pamr par varm PAMR PAR VARM attention_affinity",
         "masks": "constant_background power_background scores_to_mask dual_threshold_mask "
         "proportional_pseudo_mask ProportionalPseudoMask choose_background relabel icd_seed trimap_from_cam "
-        "trimap_from_mask TrimapBuilder alpha_to_mask",
+        "trimap_from_mask TrimapBuilder alpha_to_mask vote_regions",
         "matting": "closed_form_matting large_kernel_matting knn_matting guided_filter_matting "
         "MattingRefiner",
-        "heads": "IntraClassDiscriminator",
+        "heads": "IntraClassDiscriminator DoubleDecoupledCAM CrossRepresentationRefinement "
+        "CrossTransformRegularization Compensator",
         "losses": "pretended_under_fitting_loss PretendedUnderFittingLoss min_pooling_loss equivariance_loss "
-        "equivariant_cross_loss activation_aware_mask_loss ActivationAwareMaskLoss",
+        "equivariant_cross_loss activation_aware_mask_loss ActivationAwareMaskLoss "
+        "balanced_mask_cross_entropy pixel_prototype_nce",
         "metrics": "confusion_matrix iou_from_confusion PseudoLabelMetric background_sweep",
-        "recipes": "pmm infercam icd",
+        "recipes": "pmm infercam icd matlabel rtc",
     }
     for room, names in promised.items():
         assert set(names.split()) <= set(importlib.import_module(f"pseudolabel.{room}").__all__)

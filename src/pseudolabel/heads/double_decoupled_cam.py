@@ -206,6 +206,7 @@ def d2cam_category_loss(
     _check_labels_beside(pooled, labels)
     check_float(pooled=pooled, class_proxies=class_proxies)
     _check_metric(scale, margin)
+    pooled = pooled.to(working_dtype(pooled))
     w = F.normalize(class_proxies.to(pooled.dtype), dim=1)
     cosine = torch.einsum("bcd,kd->bck", pooled[:, 1:], w)
     logits = scale * (cosine - margin * torch.eye(len(w), dtype=w.dtype, device=w.device))
@@ -264,6 +265,7 @@ def d2cam_foreground_background_loss(
     _check_labels_beside(pooled, labels)
     check_float(pooled=pooled, class_proxies=class_proxies, background_proxies=background_proxies)
     _check_metric(scale, margin)
+    pooled = pooled.to(working_dtype(pooled))
     w, u = (F.normalize(proxies.to(pooled.dtype), dim=1) for proxies in (class_proxies, background_proxies))
     present = labels != 0
     to_class = scale * torch.einsum("bnd,cd->bnc", pooled, w)
@@ -483,7 +485,7 @@ def d2cam_contrast_loss(pooled: Tensor, labels: Tensor, *, rank_decay: float = 0
     def likeness(one: Tensor, other: Tensor) -> Tensor:
         return (one @ other.T).clamp(0.0005, 0.9995)
 
-    background, foreground = pooled.unbind(1)
+    background, foreground = pooled.to(working_dtype(pooled)).unbind(1)
     loss = _mean(-torch.log(1 - likeness(background, foreground)), pairs)
     for side in (foreground, background):
         s = likeness(side, side)

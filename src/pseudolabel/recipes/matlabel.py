@@ -14,7 +14,7 @@ from pseudolabel.refine import CRF_PRESETS, DenseCRF
 __all__ = ["matlabel"]
 
 _crf = DenseCRF(**CRF_PRESETS["deeplab"])
-_trimap = TrimapBuilder(kind="posterior", foreground=0.8, background=0.8, margin=0.2, erode=15)
+_trimap = TrimapBuilder(kind="posterior", foreground=0.8, background=0.8, margin=0.2, erode=10)
 _matting = MattingRefiner("closed_form")
 
 
