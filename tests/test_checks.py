@@ -95,3 +95,72 @@ def test_value_checks_can_be_switched_off() -> None:
             check=False,
         )
         assert (run.returncode == 0) == works, run.stderr
+
+
+@pytest.mark.parametrize("side", ["H", "W", "h", "w'", "h4"])
+def test_maps_have_pixels(side: str) -> None:
+    _checks.check_shapes(a=(torch.rand(0, 0, 1), f"B heads {side}"))  # a batch or a stack may be empty
+    with pytest.raises(ValueError, match=rf"^a: expected shape \(B, {side}\) with {side} >= 1, got \(2, 0\)"):
+        _checks.check_shapes(a=(torch.rand(2, 0), f"B {side}"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"), [(torch.eye(2).to_sparse(), "sparse_coo"), (torch.eye(2, device="meta"), "meta")]
+)
+def test_dense_tensors_with_values(tensor: torch.Tensor, kind: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^a: expected a dense tensor that holds values, got a {kind} tensor"
+    ):
+        _checks.check_shapes(a=(tensor, "C D"))
+
+
+def test_labels_are_no_complex_numbers() -> None:
+    _checks.check_labels(torch.ones(2), "present")
+    with pytest.raises(TypeError, match=r"^present: expected a multi-hot tensor of 0 and 1, got a complex64"):
+        _checks.check_labels(torch.ones(2, dtype=torch.complex64), "present")
+    with pytest.raises(ValueError, match=r"^present: expected a multi-hot"):
+        _checks.check_labels(torch.tensor([0, 2]), "present")
+
+
+def test_numbers_are_finite_in_float32() -> None:
+    _checks.check_number("a", 3e38)
+    for value in (1e39, -1e39, 10**400):
+        with pytest.raises(ValueError, match=r"^a: expected a finite number, got -?1"):
+            _checks.check_number("a", value)
+
+
+def test_sizes() -> None:
+    _checks.check_size(size=(1, 2), other=[3, 4])
+    for value in (None, 3, (), (1,), (1, 2, 3), (0, 1), (1, -1), (1.0, 2), (True, 2), "12", {1: 2, 3: 4}):
+        with pytest.raises(ValueError, match=r"^size: expected two integers \(height, width\) >= 1, got"):
+            _checks.check_size(size=value)
+
+
+def test_sequences() -> None:
+    _checks.check_sequence(a=[1], b=(), c=range(2))
+    for value in (None, 3, "text", b"bytes", {}, torch.ones(2), iter([1])):
+        with pytest.raises(TypeError, match=r"^a: expected a list or tuple, got"):
+            _checks.check_sequence(a=value)
+
+
+def test_callables() -> None:
+    _checks.check_callable(a=len, b=torch.nn.Identity())
+    with pytest.raises(TypeError, match=r"^a: expected a callable, got NoneType None"):
+        _checks.check_callable(a=None)
+
+
+def test_label_of_ignored_pixels() -> None:
+    _checks.check_ignore_index(255, 21)
+    _checks.check_ignore_index(-1, 21)
+    _checks.check_ignore_index(0)
+    for value in (None, "255", 255.0, True, [255]):
+        with pytest.raises(ValueError, match=r"^ignore_index: expected an integer, got"):
+            _checks.check_ignore_index(value)
+    with pytest.raises(ValueError, match=r"^ignore_index: expected an integer outside of 0\.\.20, got 20"):
+        _checks.check_ignore_index(20, 21)
+
+
+def test_devices_of_label_maps() -> None:
+    masks = {"mask": torch.zeros(1, 2, 2).long(), "truth": torch.zeros(1, 2, 2, device="meta").long()}
+    with pytest.raises(ValueError, match=r"^mask, truth: expected tensors of one device"):
+        _checks.check_classes(2, 255, **masks)

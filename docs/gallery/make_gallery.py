@@ -248,6 +248,20 @@ def crf() -> Figure:
     return figure
 
 
+def pixel_adaptive() -> Figure:
+    """One map after PAMR, PAR and VARM, and after more passes of one of them."""
+    image, cam = coffee()
+    cup = pl.cam.normalize_cam(cam)[:, CUP : CUP + 1]
+    figure, axes = panels(2, 3, image.shape[2] / image.shape[3])
+    show_photo(axes[0, 0], image, "photo")
+    show_map(axes[0, 1], cup[0, 0], "map of the cup")
+    show_map(axes[0, 2], pl.refine.pamr(image, cup)[0, 0], "pamr")
+    show_map(axes[1, 0], pl.refine.par(image, cup)[0, 0], "par")
+    show_map(axes[1, 1], pl.refine.varm(image, cup)[0, 0], "varm")
+    show_map(axes[1, 2], pl.refine.par(image, cup, iterations=40)[0, 0] / 1.01**30, "par, 40 passes")
+    return figure
+
+
 def dual_threshold() -> Figure:
     """Strict and loose backgrounds and their agreement, with and without the CRF."""
     image, cam = coffee()
@@ -328,6 +342,7 @@ PICTURES = {
     "crf": crf,
     "dual_threshold": dual_threshold,
     "matting": matting,
+    "pixel_adaptive": pixel_adaptive,
     "superpixels": superpixels,
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from pseudolabel._checks import check_float, check_shapes, check_unit_range
+from pseudolabel._checks import check_float, check_sequence, check_shapes, check_unit_range
 
 __all__ = ["attention_layers"]
 
@@ -19,6 +19,7 @@ def attention_layers(attention: Tensor | Sequence[Tensor], layers: Iterable[int]
             check_shapes(attention=(attention, "B heads N N"))
             stack = [attention]
     else:
+        check_sequence(attention=attention)
         stack = list(attention)
     if not stack:
         raise ValueError("attention: expected at least one layer, got none")
@@ -35,6 +36,8 @@ def attention_layers(attention: Tensor | Sequence[Tensor], layers: Iterable[int]
     for layer in found:
         check_shapes(attention=(layer, "B heads N N"))
         check_float(attention=layer)
+        if layer.shape[1] == 0:
+            raise ValueError(f"attention: expected at least one head, got {tuple(layer.shape)}")
         if layer.shape[0] != found[0].shape[0] or layer.shape[-1] != found[0].shape[-1]:
             raise ValueError(
                 "attention: expected layers of one batch size and one number of tokens, got shapes "

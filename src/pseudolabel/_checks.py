@@ -7,28 +7,39 @@ wrong ones would give a wrong answer in silence; on an accelerator that is one s
 
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "check_boxes",
+    "check_callable",
     "check_choice",
     "check_classes",
     "check_count",
     "check_finite",
     "check_float",
+    "check_ignore_index",
     "check_integer",
     "check_labels",
     "check_number",
     "check_probability",
+    "check_sequence",
     "check_shapes",
+    "check_size",
     "check_unit_range",
     "describe_pixels",
     "values_unchecked",
 ]
 
 _VALUES = os.environ.get("PSEUDOLABEL_CHECKS", "1") != "0"
+
+_LARGEST = torch.finfo(torch.float32).max
+
+# Height and width of an argument: H, w, w', h4, ... What a network returns (hi, wi) is left to its caller.
+_SIDE = re.compile(r"[HWhw]['0-9]?")
 
 
 def values_unchecked(value: Tensor) -> bool:
@@ -46,7 +57,9 @@ def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
     """Check tensors against shapes such as ``"B C h w"``, letters shared by several arguments being equal.
 
     Returns the size that each letter stands for. A number in a shape stands for itself; ``"..."`` in front
-    stands for any leading axes.
+    stands for any leading axes. Heights and widths (H, W, h, w, and these with a digit or prime) are at least
+    1: a batch or a set of classes may be empty, a map may not. Sparse tensors and those without values (the
+    meta device) are refused.
     """
     sizes: dict[str, int] = {}
     owner: dict[str, str] = {}
@@ -55,6 +68,9 @@ def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
             raise TypeError(
                 f"{name}: expected a tensor of shape ({pattern.replace(' ', ', ')}), got {_describe(value)}"
             )
+        if value.layout is not torch.strided or value.device.type == "meta":
+            kind = "meta" if value.device.type == "meta" else str(value.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: expected a dense tensor that holds values, got a {kind} tensor")
         axes = pattern.split()
         shape = tuple(value.shape)
         open_ended = axes[0] == "..."
@@ -66,6 +82,11 @@ def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
                 f"{name}: expected shape ({pattern.replace(' ', ', ')}), got {tuple(value.shape)}"
             )
         for axis, size in zip(axes, shape, strict=True):
+            if size == 0 and _SIDE.fullmatch(axis):
+                raise ValueError(
+                    f"{name}: expected shape ({pattern.replace(' ', ', ')}) with {axis} >= 1, "
+                    f"got {tuple(value.shape)}"
+                )
             expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
             if size != expected:
                 source = f" with {axis}={expected} from {owner[axis]}" if axis in owner else ""
@@ -119,13 +140,15 @@ def check_unit_range(*, tolerance: float = 1e-3, **arguments: Tensor) -> None:
             raise ValueError(f"{name}: expected values in [0, 1], got values from {low:g} to {high:g}{hint}")
 
 
-def check_labels(labels: Tensor) -> None:
+def check_labels(labels: Tensor, name: str = "labels") -> None:
     """Check that image-level labels are multi-hot: bool, or numbers that are 0 or 1."""
+    if labels.is_complex():
+        raise TypeError(f"{name}: expected a multi-hot tensor of 0 and 1, got {_describe(labels)}")
     if labels.dtype == torch.bool or values_unchecked(labels):
         return
     if not bool(((labels == 0) | (labels == 1)).all()):
         raise ValueError(
-            "labels: expected a multi-hot tensor of 0 and 1, one column a foreground class, got values "
+            f"{name}: expected a multi-hot tensor of 0 and 1, one column a foreground class, got values "
             f"{torch.unique(labels.detach())[:8].tolist()}"
         )
 
@@ -138,11 +161,11 @@ def check_number(
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> None:
-    """Check that a setting is a finite number in the stated range."""
+    """Check that a setting is a number in the stated range, and finite in float32 as well."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not math.isfinite(value)
+        or not -_LARGEST <= value <= _LARGEST  # a NaN fails as well
         or not (value > above and at_least <= value <= at_most)
     ):
         bounds = [
@@ -154,11 +177,60 @@ def check_number(
         raise ValueError(f"{name}: expected a finite number {wanted}".rstrip() + f", got {value!r}")
 
 
-def check_count(**values: int) -> None:
-    """Check that settings are integers >= 1."""
+def check_count(*, at_least: int = 1, **values: int) -> None:
+    """Check that settings are integers, and large enough."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise ValueError(f"{name}: expected an integer >= {at_least}, got {value!r}")
+
+
+def check_boxes(boxes: Tensor, size: tuple[int, int]) -> None:
+    """Check that boxes (B,4) of top, left, bottom, right lie in an image of this size (H,W)."""
+    if values_unchecked(boxes):
+        return
+    height, width = size
+    top, left, bottom, right = boxes.unbind(1)
+    wrong = (top < 0) | (left < 0) | (bottom <= top) | (right <= left) | (bottom > height) | (right > width)
+    if bool(wrong.any()):
+        raise ValueError(
+            "boxes: expected top, left, bottom, right with 0 <= top < bottom <= "
+            f"{height} and 0 <= left < right <= {width}, got {boxes[wrong][0].tolist()}"
+        )
+
+
+def check_size(**sizes: tuple[int, int]) -> None:
+    """Check that settings are two integers >= 1, a height and a width."""
+    for name, value in sizes.items():
+        if (
+            not isinstance(value, tuple | list)
+            or len(value) != 2
+            or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in value)
+        ):
+            raise ValueError(f"{name}: expected two integers (height, width) >= 1, got {value!r}")
+
+
+def check_sequence(**values: object) -> None:
+    """Check that arguments are lists or the like: not one tensor, one number, a text or a dict."""
+    for name, value in values.items():
+        if isinstance(value, str | bytes | Mapping | Tensor) or not hasattr(value, "__len__"):
+            raise TypeError(f"{name}: expected a list or tuple, got {_describe(value)}")
+
+
+def check_callable(**values: object) -> None:
+    """Check that arguments can be called."""
+    for name, value in values.items():
+        if not callable(value):
+            raise TypeError(f"{name}: expected a callable, got {_describe(value)}")
+
+
+def check_ignore_index(ignore_index: int, num_classes: int = 0) -> None:
+    """Check that the label of ignored pixels is an integer and no class."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(
+            f"ignore_index: expected an integer outside of 0..{num_classes - 1}, got {ignore_index!r}"
+        )
 
 
 def check_probability(name: str, value: float) -> None:
@@ -175,10 +247,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 def check_classes(num_classes: int, ignore_index: int, **maps: Tensor) -> None:
     """Check that label maps hold classes `0..num_classes-1` and ``ignore_index`` only."""
     check_count(num_classes=num_classes)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or 0 <= ignore_index < num_classes:
-        raise ValueError(
-            f"ignore_index: expected an integer outside of 0..{num_classes - 1}, got {ignore_index!r}"
-        )
+    check_ignore_index(ignore_index, num_classes)
     check_integer(**maps)
     devices = {name: value.device for name, value in maps.items()}
     if len(set(devices.values())) > 1:

@@ -328,6 +328,41 @@ def test_multi_scale() -> None:
         torch.testing.assert_close(maps, cam(photos(), LABELS))
 
 
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("kind", [GradCAM, LayerCAM])
+def test_multi_scale_hands_on_the_labels(kind: type[GradCAM], flip: bool) -> None:
+    """Views are the plain images and then the mirrored ones: each gets the labels of its own image."""
+    model = nn.Sequential(*network()[:3], nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    image, seen = photos(), []
+
+    def score(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return logits
+
+    with kind(model, "2", score=score) as cam:
+        maps = multi_scale_cam(cam, image, LABELS, scales=(1.0, 2.0), flip=flip)
+        assert [labels.tolist() for labels in seen] == [LABELS.tolist() * (2 if flip else 1)] * 2
+        singles = [
+            multi_scale_cam(
+                lambda view, b=b: cam(view, LABELS[b : b + 1].expand(len(view), -1)),
+                image[b : b + 1],
+                LABELS[b : b + 1],
+                scales=(1.0, 2.0),
+                flip=flip,
+            )
+            for b in range(len(image))
+        ]
+    torch.testing.assert_close(maps, torch.cat(singles))
+    assert maps.flatten(2).any(2).tolist() == LABELS.bool().tolist()
+
+
+def test_multi_scale_without_labels_takes_all_classes() -> None:
+    model = nn.Sequential(*network()[:3], nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    everything = torch.ones_like(LABELS)
+    with GradCAM(model, "2") as cam:
+        torch.testing.assert_close(multi_scale_cam(cam, photos()), multi_scale_cam(cam, photos(), everything))
+
+
 def test_one_forward_and_as_many_backwards_as_classes_of_an_image() -> None:
     model = network()
     forwards, backwards = [], []

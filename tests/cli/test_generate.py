@@ -1,3 +1,4 @@
+import copy
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +16,14 @@ import torch
 from PIL import Image
 
 from pseudolabel import io, masks, recipes
-from pseudolabel.cam import CAM, infer_response_map, multi_scale_cam, normalize_cam
+from pseudolabel.cam import CAM, GradCAM, infer_response_map, multi_scale_cam, normalize_cam
 from pseudolabel.cli import main
+from pseudolabel.cli._models import load_model, load_weights
+from pseudolabel.cli._scenes import CLASSES
 from pseudolabel.cli.demo import classifier
-from pseudolabel.cli.generate import load_model, load_weights
 from pseudolabel.refine import CRF_PRESETS, dense_crf
 
+MODEL = "pseudolabel.cli.demo:classifier"
 MEAN, STD = (
     torch.tensor(values).view(1, 3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 )
@@ -403,6 +407,118 @@ def test_named_layer_and_classifier_are_what_is_found_alone(data):
     assert main(data.generate()) == 0
     assert main(data.generate("--layer", "0", "--classifier", "2", out=data.root / "named")) == 0
     assert made(data.out) == made(data.root / "named")
+
+
+# Networks by name, and gradients
+
+
+class Named(torch.nn.Module):
+    """As of transformers: more classes than the labels have, in another order."""
+
+    names = ("none", *reversed(CLASSES[1:]), "other")
+
+    def __init__(self):
+        super().__init__()
+        convolution = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.body = torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        self.classifier = torch.nn.Linear(8, len(self.names))
+        self.config = SimpleNamespace(id2label=dict(enumerate(self.names)), image_size=32)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.classifier(self.body(pixel_values).mean((2, 3))))
+
+
+@pytest.fixture
+def named(monkeypatch):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = Named().eval()
+    processor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.2]}
+    fake = SimpleNamespace(
+        AutoConfig=SimpleNamespace(from_pretrained=lambda name, **_: model.config),
+        AutoModelForImageClassification=SimpleNamespace(
+            from_pretrained=lambda name, **_: (copy.deepcopy(model).train(), {"missing_keys": []})
+        ),
+        ImageProcessingMixin=SimpleNamespace(get_image_processor_dict=lambda name, **_: (processor, {})),
+    )
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    return model
+
+
+def by_name(data, *more, out=None):
+    arguments = data.generate(*more, out=out or data.out)
+    place = arguments.index("--weights")
+    arguments = [*arguments[:place], *arguments[place + 2 :]]
+    return ["hf:someone/net" if word.endswith(":classifier") else word for word in arguments]
+
+
+def test_a_network_by_name(data, named, capsys):
+    assert main(by_name(data, "--save-cams", str(data.root / "cams"))) == 0
+    err = capsys.readouterr().err
+    assert "maps: CAM of what is pooled before it, by the weights of" in err
+    assert "6 of the network's 8 classes, by name; mean (0.4, 0.5, 0.6), std (0.2, 0.2, 0.2)" in err
+    for name in data.names:
+        image = (
+            io.read_image(data.images / f"{name}.png")[None] - torch.tensor([0.4, 0.5, 0.6])[:, None, None]
+        ) / 0.2
+        labels = io.read_labels(data.csv)[name][None]
+        with torch.no_grad(), CAM(named) as cam:
+            maps = multi_scale_cam(lambda x: cam(x)[:, 1:7].flip(1), image, labels, (1.0,))
+        stored = io.read_cam(data.root / "cams" / f"{name}.npz").dense(7).float()
+        assert (stored - normalize_cam(maps)[0]).abs().max() < 1e-3
+    assert main(by_name(data)) == 0
+    assert "5 were there already" in capsys.readouterr().err
+    with torch.no_grad():
+        named.body[0].weight += 1
+    assert main(by_name(data)) == 2  # the weights are others
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_mean_and_std_that_are_given_come_first(data, named, capsys):
+    assert main(by_name(data, "--mean", "0.1", "0.2", "0.3")) == 0
+    assert "mean (0.1, 0.2, 0.3), std (0.2, 0.2, 0.2)" in capsys.readouterr().err
+    settings = json.loads((data.out / "pseudolabel.json").read_text())["settings"]
+    assert (settings["mean"], settings["std"]) == ([0.1, 0.2, 0.3], [0.2, 0.2, 0.2])
+
+
+def test_classes_that_the_network_lacks(data, named, capsys):
+    classes = ("unicorn", *CLASSES[2:])
+    io.write_labels(data.csv, io.ImageLabels(tuple(data.names), classes, data.labels))
+    assert main(by_name(data)) == 2
+    assert "lacks 1 of the labels' classes: unicorn" in capsys.readouterr().err
+    assert not data.out.exists()
+
+
+def test_a_name_without_weights(data, capsys):
+    arguments = [word.replace("hf:someone/net", MODEL) for word in by_name(data)]
+    assert main(arguments) == 2
+    assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["pmm", "infercam"])
+def test_gradients(data, capsys, method):
+    cams = data.root / "cams"
+    assert main(data.generate("--maps", "gradcam", "--method", method, "--save-cams", str(cams))) == 0
+    assert "maps: Grad-CAM at" in capsys.readouterr().err
+    model = load_weights(classifier(), data.weights)
+    for name in data.names:
+        image = (io.read_image(data.images / f"{name}.png")[None] - MEAN) / STD
+        labels = io.read_labels(data.csv)[name][None]
+        with GradCAM(model) as cam:
+
+            def maps_of_views(views, cam=cam, labels=labels):
+                return cam(views, labels.expand(len(views), -1))
+
+            if method == "pmm":
+                maps = multi_scale_cam(maps_of_views, image, labels, (1.0,))
+            else:
+                maps = infer_response_map(maps_of_views, image, labels, scales=(1.0,)).response
+        stored = io.read_cam(cams / f"{name}.npz").dense(7).float()
+        assert (stored - normalize_cam(maps)[0]).abs().mean() < 1e-3
+    settings = json.loads((data.out / "pseudolabel.json").read_text())["settings"]
+    assert settings["maps"] == "gradcam"
+    assert main(data.generate("--method", method)) == 2
+    assert "'maps': 'gradcam'" in capsys.readouterr().err
 
 
 # Disks

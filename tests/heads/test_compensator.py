@@ -334,3 +334,17 @@ TOPK = topk_pixels(SCORES)
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["cam", "compensated"])
+def test_nan_does_not_hide_below_the_largest(name: str) -> None:
+    maps = {"cam": torch.rand(1, 2, 3, 3), "compensated": torch.rand(1, 3, 3, 3)}
+    maps[name][..., 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"{name}: expected finite values"):
+        compensation_loss(maps["cam"], maps["compensated"], torch.ones(1, 2))
+
+
+def test_present_classes_are_told_by_0_and_1() -> None:
+    scores = torch.rand(1, 2, 3, 3)
+    with pytest.raises(ValueError, match=r"present: expected a multi-hot tensor"):
+        compensate(scores, scores, topk_pixels(scores), torch.tensor([1, torch.nan]))

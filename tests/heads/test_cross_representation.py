@@ -323,3 +323,13 @@ def test_image_without_use() -> None:
     head = CrossRepresentationRefinement([3], [2], shallow_reduce=[2], deep_reduce=[2], use_image=False)
     with pytest.raises(ValueError, match="image: expected None without use_image, got a tensor of shape"):
         head(CAM.float(), [t.float() for t in SHALLOW], [DEEP[1].float()], IMAGE.float())
+
+
+def test_seed_is_called_by_its_name() -> None:
+    features = [torch.rand(2, 3, 4, 4)]
+    with pytest.raises(TypeError, match=r"seed: expected a floating-point tensor"):
+        cross_representation_refine(torch.ones(2, 2, 4, 4).long(), features)
+    with pytest.raises(ValueError, match=r"features\[0\]: expected shape .* with B=3 from seed"):
+        cross_representation_refine(torch.rand(3, 2, 4, 4), features)
+    with pytest.raises(TypeError, match=r"features: expected a list or tuple"):
+        cross_representation_refine(torch.rand(2, 2, 4, 4), features[0])

@@ -581,3 +581,8 @@ def replaced(number: int, value: torch.Tensor, **settings):
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_separation_of_no_classes() -> None:
+    with pytest.raises(ValueError, match=r"present: expected a multi-hot tensor"):
+        prototype_separation(torch.rand(2, 3), torch.rand(2, 3), torch.tensor([0.5, 1]))

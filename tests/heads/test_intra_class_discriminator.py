@@ -1189,3 +1189,20 @@ HEAD = IntraClassDiscriminator(6, 3, hidden=2)
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_is_on_neither_side(value: float) -> None:
+    scores, cam, labels = torch.ones(1, 2, 2, 2), torch.ones(1, 2, 2, 2), torch.tensor([[1, 0]])
+    scores[:, 1] = value
+    icd_side_statistics(scores, cam, labels)  # of an absent class: not looked at
+    icd_top_down_loss(cam, scores, labels)
+    for call in (
+        lambda: icd_side_statistics(scores, cam, torch.ones(1, 2)),
+        lambda: icd_top_down_loss(cam, scores, torch.ones(1, 2)),
+        lambda: icd_targets(scores),
+    ):
+        with pytest.raises(ValueError, match=r"scores: expected finite values"):
+            call()
+    with pytest.raises(ValueError, match=r"state: expected finite values"):
+        icd_orient(cam, torch.full((2, 2), value))

@@ -185,3 +185,23 @@ def test_kill_at_any_moment(tmp_path):
         values = read_cam(path).cams.unique()
         assert len(values) == 1
         assert values[0] >= written
+
+
+@posix
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for name in ("pipe", "device"):
+        with pytest.raises(ValueError, match=f"{name}: expected a regular file to replace"):
+            write_atomically(tmp_path / name, b"new")
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device()
+
+
+@posix
+def test_link_to_itself_is_an_error(tmp_path):
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(OSError, match=r"a'$") as caught:
+        write_atomically(tmp_path / "a", b"new")
+    assert caught.value.errno == errno.ELOOP
+    assert (tmp_path / "a").is_symlink()

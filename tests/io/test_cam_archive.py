@@ -50,7 +50,7 @@ def test_archives_are_read_by_numpy(tmp_path):
 
 @given(
     num_classes=st.integers(1, 6),
-    size=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     half=st.booleans(),
     seed=st.integers(0, 99),
 )

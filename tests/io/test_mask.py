@@ -179,7 +179,7 @@ def test_truncated_empty_and_missing(tmp_path):
             r"mask: expected shape \(H, W\), got \(2, 2, 2\)",
         ),
         (torch.zeros(4, dtype=torch.int64), ValueError, r"mask: expected shape \(H, W\), got \(4,\)"),
-        (torch.zeros(0, 4, dtype=torch.int64), ValueError, "mask: expected at least one pixel"),
+        (torch.zeros(0, 4, dtype=torch.int64), ValueError, r"mask: expected shape \(H, W\) with H >= 1"),
     ],
 )
 def test_wrong_masks_are_not_written(tmp_path, mask, error, message):

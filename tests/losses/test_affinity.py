@@ -127,3 +127,9 @@ AFFINITY, LABELS = case()
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(affinity_loss)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan])
+def test_no_affinities(value: float) -> None:
+    with pytest.raises(ValueError, match=r"affinity: expected values in \[0, 1\]"):
+        affinity_loss(torch.full((1, 4, 1, 1), value), torch.zeros(1, 4, 1, 1).long())

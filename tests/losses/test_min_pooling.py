@@ -143,3 +143,11 @@ CAM, LABELS = case()
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(min_pooling_loss)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_does_not_hide_among_the_largest(value: float) -> None:
+    cam = torch.zeros(1, 1, 2, 2)
+    cam[..., 0, 0] = value
+    with pytest.raises(ValueError, match=r"cam: expected finite values"):
+        min_pooling_loss(cam, torch.ones(1, 1))

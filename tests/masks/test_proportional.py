@@ -363,3 +363,13 @@ IMAGE, CAM, LABELS = torch.rand(1, 3, 4, 4), torch.rand(1, 2, 4, 4), torch.ones(
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(proportional_pseudo_mask)
+
+
+def test_foreground_is_bool() -> None:
+    with pytest.raises(TypeError, match=r"foreground: expected a bool tensor, got torch.int64"):
+        proportional_argmax(torch.rand(1, 2, 3, 3), torch.ones(1, 2, 3, 3).long())
+
+
+def test_photo_is_floating_point_without_crf() -> None:
+    with pytest.raises(TypeError, match=r"image: expected a floating-point tensor"):
+        class_foreground(torch.ones(1, 3, 2, 2).long(), torch.rand(1, 2, 2, 2), crf=None)

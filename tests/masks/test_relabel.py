@@ -180,10 +180,10 @@ IMAGE, LOGITS = torch.rand(1, 3, 6, 6), torch.rand(1, 4, 6, 6)
         (lambda: relabel(IMAGE, [LOGITS], torch.full((1, 3), 2), flip=False), "labels: expected a multi-hot"),
         (
             lambda: relabel(IMAGE, [LOGITS * torch.nan], flip=False, crf=None),
-            "scores: expected finite values",
+            r"logits\[0\]: expected finite values",
         ),
-        (lambda: slide_logits(lambda x: x, IMAGE, (0, 4)), "window: expected an integer >= 1, got 0"),
-        (lambda: slide_logits(lambda x: x, IMAGE, stride=(4, 0)), "stride: expected an integer >= 1"),
+        (lambda: slide_logits(lambda x: x, IMAGE, (0, 4)), r"window: expected two integers .* got \(0, 4\)"),
+        (lambda: slide_logits(lambda x: x, IMAGE, stride=(4, 0)), "stride: expected two integers"),
         (lambda: slide_logits(lambda x: x, IMAGE, batch_size=0), "batch_size: expected an integer >= 1"),
         (lambda: slide_logits(lambda x: x.mean(), IMAGE), r"segmenter\(crops\): expected shape"),
     ],
@@ -191,3 +191,16 @@ IMAGE, LOGITS = torch.rand(1, 3, 6, 6), torch.rand(1, 4, 6, 6)
 def test_errors(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_no_image_and_no_number() -> None:
+    with pytest.raises(ValueError, match=r"image: expected at least one image"):
+        slide_logits(lambda x: x, torch.rand(0, 3, 4, 4))
+    with pytest.raises(TypeError, match=r"segmenter: expected a callable, got NoneType None"):
+        slide_logits(None, torch.rand(1, 3, 4, 4))
+    with pytest.raises(TypeError, match=r"segmenter\(crops\): expected a floating-point tensor"):
+        slide_logits(lambda x: x.long(), torch.rand(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"logits\[1\]: expected finite values, got 1 NaN"):
+        average_views([torch.zeros(1, 2, 1, 1), torch.tensor([0, torch.nan]).view(1, 2, 1, 1)], (1, 1))
+    with pytest.raises(TypeError, match=r"logits: expected a list or tuple, got a float32 tensor"):
+        average_views(torch.zeros(1, 2, 1, 1), (1, 1), flip=False)

@@ -325,3 +325,11 @@ CAM = torch.rand(1, 2, 4, 4)
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [None, "255", 255.0, torch.nan, True])
+def test_label_of_ignored_pixels(value: object) -> None:
+    with pytest.raises(ValueError, match=r"ignore_index: expected an integer, got"):
+        scores_to_mask(torch.rand(1, 2, 3, 3), ignore_index=value)
+    with pytest.raises(ValueError, match=r"ignore_index: expected an integer, got"):
+        dual_threshold_mask(torch.rand(1, 2, 3, 3), ignore_index=value)

@@ -411,3 +411,9 @@ MASK = torch.zeros(1, 4, 4, dtype=torch.long)
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0, 2.0])
+def test_areas_of_no_trimap(value: float) -> None:
+    with pytest.raises(ValueError, match=r"trimap: expected values in \[0, 1\]"):
+        trimap_areas(torch.full((1, 1, 2, 2), value))

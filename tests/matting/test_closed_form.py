@@ -700,3 +700,7 @@ IMAGE, TRIMAP = torch.rand(1, 3, 6, 7), torch.full((1, 2, 6, 7), 0.5)
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_energy_of_no_class() -> None:
+    assert matting_energy(torch.rand(2, 0, 4, 4), torch.rand(2, 3, 4, 4)).shape == (2, 0)

@@ -224,3 +224,11 @@ GUIDANCE, TRIMAP = torch.rand(1, 4, 6, 7), torch.full((1, 2, 6, 7), 0.5)
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_settings_are_checked_without_a_prior() -> None:
+    guidance, trimap = torch.rand(1, 3, 4, 4), torch.full((1, 1, 4, 4), 0.5)
+    with pytest.raises(ValueError, match=r"prior_weight: expected a finite number >= 0, got nan"):
+        random_walk_matting(guidance, trimap, prior_weight=torch.nan)
+    with pytest.raises(ValueError, match=r"guidance: expected at least one channel"):
+        random_walk_matting(guidance[:, :0], trimap)

@@ -365,3 +365,17 @@ def test_settings_of_methods_are_named_alike() -> None:
         assert "prior" in parameters
         if method != "guided_filter":
             assert {"rtol", "max_iter", "prior_weight", "x0", "return_report"} <= parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("alphas", "error", "message"),
+    [
+        (lambda x: None, TypeError, r"expected a tensor of shape"),
+        (lambda x: x[:, :1].repeat(2, 1, 1, 1), ValueError, r"expected shape \(1, 1, 64, 64\), got \(2, "),
+        (lambda x: x[:, :1] * torch.nan, ValueError, r"expected values in \[0, 1\], got values from nan"),
+        (lambda x: x[:, :1].long(), TypeError, r"expected a floating-point tensor"),
+    ],
+)
+def test_what_vitmatte_returns_is_checked(alphas, error, message):
+    with pytest.raises(error, match=rf"model\(image\).alphas: {message}"):
+        vitmatte_matting(photo(), trimap_of(), lambda x: SimpleNamespace(alphas=alphas(x)))

@@ -156,8 +156,8 @@ CAM, TRUTH = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
         ({"truth": TRUTH.float()}, TypeError, "truth: expected an integer tensor"),
         ({"truth": TRUTH + 4}, ValueError, r"truth: expected classes 0\.\.3 or ignore_index 255, got \[4\]"),
         ({"thresholds": []}, ValueError, "thresholds: expected at least one"),
-        ({"thresholds": 0.5}, ValueError, r"thresholds: expected shape \(T\), got \(\)"),
-        ({"thresholds": [0.1, torch.nan]}, ValueError, "thresholds: expected finite values"),
+        ({"thresholds": 0.5}, TypeError, "thresholds: expected a list or tuple, got float 0.5"),
+        ({"thresholds": [0.1, torch.nan]}, ValueError, "thresholds: expected a finite number, got nan"),
         ({"ignore_index": 2}, ValueError, r"ignore_index: expected an integer outside of 0\.\.3"),
     ],
 )

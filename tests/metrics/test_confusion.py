@@ -218,7 +218,7 @@ def test_error_is_raised_under_compile_too():
         ({"ignore_index": 0}, ValueError, r"ignore_index: expected an integer outside of 0\.\.2, got 0"),
         ({"ignore_index": None}, ValueError, "ignore_index: expected an integer"),
         ({"pred_ignore": "drop"}, ValueError, r"pred_ignore: expected one of \['error', 'background', "),
-        ({"mask": MASK.to("meta")}, ValueError, "mask, truth: expected tensors of one device"),
+        ({"mask": MASK.to("meta")}, TypeError, "mask: expected a dense tensor that holds values, got a meta"),
     ],
 )
 def test_errors(change, error, match):

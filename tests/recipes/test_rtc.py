@@ -455,3 +455,10 @@ V1, V2, IMAGE = case()
 def test_loss_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_network_returns_a_pair() -> None:
+    with pytest.raises(ValueError, match=r"network\(image\): expected a pair, maps and logits, got NoneType"):
+        rtc(torch.rand(1, 3, 8, 8), lambda view: None, crf=None)
+    with pytest.raises(TypeError, match=r"network: expected a callable"):
+        rtc(torch.rand(1, 3, 8, 8), None, crf=None)

@@ -365,3 +365,12 @@ def test_compiles_to_one_graph(name: str) -> None:
     function, make = CALLS[name]
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(make()), function(make()))
+
+
+def test_features_and_heads_are_there() -> None:
+    with pytest.raises(ValueError, match=r"features: expected finite values, got 1 NaN"):
+        feature_affinity(torch.tensor([0.0, torch.nan]).view(1, 1, 1, 2))
+    with pytest.raises(ValueError, match=r"attention: expected at least one head, got \(1, 0, 5, 5\)"):
+        attention_affinity(torch.rand(1, 0, 5, 5))
+    with pytest.raises(TypeError, match=r"attention: expected a list or tuple, got NoneType"):
+        attention_affinity(None)

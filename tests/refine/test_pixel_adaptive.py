@@ -492,3 +492,7 @@ def test_errors(refine: Refine, call, error, message) -> None:
 def test_errors_of_settings(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_neighbors_of_no_map() -> None:
+    assert dilated_neighbors(torch.rand(2, 0, 3, 4), [1]).shape == (2, 0, 8, 3, 4)

@@ -458,3 +458,10 @@ FEATURES, MASK = torch.rand(1, 2, 6, 6), torch.zeros(1, 6, 6, dtype=torch.int64)
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_features_that_have_no_affinity() -> None:
+    with pytest.raises(ValueError, match=r"features: expected finite values, got 0 NaN and 1 infinite"):
+        affinity_from_features(torch.tensor([[[[0.0, math.inf, 1.0]]]]), 2)
+    with pytest.raises(ValueError, match=r"features: expected at least one channel, got \(1, 0, 3, 3\)"):
+        affinity_from_features(torch.rand(1, 0, 3, 3), 2)

@@ -425,7 +425,8 @@ def test_merge_of_a_batch() -> None:
     for image in range(3):
         assert torch.equal(merged[image], merge_superpixels(superpixels[image], features[image], 4))
     assert merge_superpixels(superpixels[:0], features[:0]).shape == (0, 8, 8)
-    assert merge_superpixels(superpixels[:, :0], features).shape == (3, 0, 8)
+    with pytest.raises(ValueError, match=r"superpixels: expected shape \(B, H, W\) with H >= 1"):
+        merge_superpixels(superpixels[:, :0], features)
 
 
 def test_merge_with_the_means_of_a_network() -> None:
@@ -656,7 +657,11 @@ IMAGE = torch.rand(1, 3, 8, 8)
             ValueError,
             "sigma: expected a finite number",
         ),
-        (lambda: felzenszwalb_superpixels(IMAGE, min_size=-1), ValueError, "min_size: expected a finite"),
+        (
+            lambda: felzenszwalb_superpixels(IMAGE, min_size=-1),
+            ValueError,
+            "min_size: expected an integer >= 0",
+        ),
         (lambda: slic_superpixels(IMAGE.long()), TypeError, "image: expected a floating-point tensor"),
         (lambda: slic_superpixels(IMAGE, num_regions=0), ValueError, "num_regions: expected a finite number"),
         (lambda: slic_superpixels(IMAGE, compactness=0), ValueError, "compactness: expected a finite number"),

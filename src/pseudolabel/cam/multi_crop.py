@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_boxes,
     check_count,
     check_float,
     check_integer,
@@ -15,7 +16,6 @@ from pseudolabel._checks import (
     check_probability,
     check_shapes,
     check_unit_range,
-    values_unchecked,
 )
 from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
 from pseudolabel.cam.views import check_scales
@@ -221,7 +221,7 @@ def crop_labels(
     check_probability("score_threshold", score_threshold)
     check_probability("overlap", overlap)
     check_unit_range(scores=scores)
-    _check_boxes(boxes, scores.shape[2], scores.shape[3])
+    check_boxes(boxes, (scores.shape[2], scores.shape[3]))
     top, left, bottom, right = boxes.to(scores.device, torch.int64).unbind(1)
     # The integral image holds at (y, x) how many sure pixels lie above and left of there. A count of pixels
     # fits int32, and this is the largest tensor of the function.
@@ -285,15 +285,3 @@ def _crop(image: Tensor, box: Box, size: int) -> Tensor:
         crop.to(working_dtype(crop)), size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
     return crop.to(image.dtype)
-
-
-def _check_boxes(boxes: Tensor, height: int, width: int) -> None:
-    if values_unchecked(boxes):
-        return
-    top, left, bottom, right = boxes.unbind(1)
-    wrong = (top < 0) | (left < 0) | (bottom <= top) | (right <= left) | (bottom > height) | (right > width)
-    if bool(wrong.any()):
-        raise ValueError(
-            "boxes: expected top, left, bottom, right with 0 <= top < bottom <= "
-            f"{height} and 0 <= left < right <= {width}, got {boxes[wrong][0].tolist()}"
-        )

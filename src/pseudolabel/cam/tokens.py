@@ -90,7 +90,7 @@ def find_grid(
     num_prefix_tokens: int,
 ) -> tuple[int, int]:
     """Rows and columns of patches, which with the prefix make up all tokens of an argument, or an error."""
-    _check_prefix(num_prefix_tokens)
+    check_count(at_least=0, num_prefix_tokens=num_prefix_tokens)
     if (grid is None) == (size is None):
         raise ValueError(f"grid: expected exactly one of grid and size, got grid={grid} and size={size}")
     if grid is None:
@@ -402,11 +402,6 @@ def _check_pool(k: int | None, decay: float) -> None:
     if k is not None:
         check_count(k=k)
     check_number("decay", decay, above=0, at_most=1)
-
-
-def _check_prefix(num_prefix_tokens: int) -> None:
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens: expected an integer >= 0, got {num_prefix_tokens!r}")
 
 
 def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pseudolabel._checks import check_choice, check_float, check_labels, check_number, check_shapes
 from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
+from pseudolabel.cam.gradient_cam import GradCAM
 
 __all__ = ["FlipMerge", "check_scales", "make_views", "merge_views", "multi_scale_cam"]
 
@@ -124,9 +125,11 @@ def multi_scale_cam(
     """Maps of an image seen at several scales and mirrored, summed at the image's size.
 
     The network runs once a scale: on a batch of the plain images followed by the mirrored ones.
+    A gradient CAM (`GradCAM` and its kin) gets the labels of that batch as well: ``labels``, twice over.
 
     Args:
-        cam_fn: Callable from images (N,3,h,w) to raw maps (N,C,h',w'), such as `CAM`.
+        cam_fn: Callable from images (N,3,h,w) to raw maps (N,C,h',w'), such as `CAM`; or a `GradCAM`. N is
+            2B with ``flip``: a function of your own that needs ``labels`` takes `labels.repeat(2, 1)`.
         image: Images (B,3,H,W) of one size, as ``cam_fn`` wants them (normalised for the network).
         labels: Image-level labels (B,C). Maps of absent classes are 0, and cost nothing after the network.
         scales: Factors of both sides, > 0.
@@ -155,7 +158,10 @@ def multi_scale_cam(
     cams: list[Tensor] = []
     for scale in scales:
         views = torch.cat(make_views(image, (scale,), flip))
-        maps = cam_fn(views)
+        if labels is not None and isinstance(cam_fn, GradCAM):  # gradients are of present classes only
+            maps = cam_fn(views, labels.repeat(2 if flip else 1, 1))
+        else:
+            maps = cam_fn(views)
         check_shapes(**{"image": (views, "B 3 H W"), "cam_fn(image)": (maps, "B C h w")})
         cams += maps.chunk(2 if flip else 1)
     return merge_views(cams, (image.shape[2], image.shape[3]), labels, flip=flip, flip_merge=flip_merge)

@@ -110,15 +110,16 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
     add(
         "--model",
         required=True,
-        metavar="MODULE:FUNCTION",
-        help="callable without arguments that returns the "
-        "classifier as an nn.Module; the current folder is searched as well",
+        metavar="NAME",
+        help="module:function, a callable without arguments that returns the classifier as an nn.Module, "
+        "the current folder is searched as well; or hf:NAME or timm:NAME, a classifier of transformers or "
+        "timm: a folder, or a name of their hub, which is asked over the network if it is not in its cache",
     )
     add(
         "--weights",
-        required=True,
         metavar="FILE",
-        help="its state dict: .pt or .pth (read with weights_only) or .npz; every name must fit",
+        help="its state dict: .safetensors, .pt or .pth (read with weights_only) or .npz; every name must "
+        "fit (hf: and timm: have their own)",
     )
     add("--list", metavar="FILE", help="make the masks of the images of this list only")
     add("--out", required=True, metavar="DIR", help="folder of the masks")
@@ -150,9 +151,17 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         help="refine with a dense CRF (default: pmm does, cam and infercam do not)",
     )
     add(
+        "--maps",
+        choices=("auto", "cam", "gradcam"),
+        default="auto",
+        help="cam reads the maps off the classifier's weights, gradcam takes gradients; auto is cam where "
+        "that is exact, or the network is your own and cam works (default: auto)",
+    )
+    add(
         "--layer",
         metavar="NAME",
-        help="module whose output are the features (default: what is pooled before the classifier)",
+        help="module whose output are the features (default: what is pooled before the classifier, or what "
+        "Grad-CAM finds)",
     )
     add("--classifier", metavar="NAME", help="module of the classifier (default: the last linear one)")
     add(
@@ -164,7 +173,12 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         help="scales at which the photo is seen (default: 0.5 1 1.5 2)",
     )
     add("--no-flip", dest="flip", action="store_false", help="do not look at the mirrored photo as well")
-    _add_normalization(parser)
+    for name, what in (
+        ("--mean", "the network sees (image - mean) / std of an image in [0, 1] "),
+        ("--std", ""),
+    ):
+        told = f"{what}(default: that of hf: and timm: networks, else ImageNet's)"
+        add(name, type=float, nargs=3, metavar=("R", "G", "B"), help=told)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add(
         "--workers",

@@ -1,30 +1,26 @@
 """`pseudolabel generate`: photos, image-level labels and a classifier in, masks out."""
 
 import argparse
-import copy
 import hashlib
-import importlib
 import inspect
 import json
-import os
-import queue
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pseudolabel import __version__, io, masks, recipes
-from pseudolabel.cam import CAM, infer_response_map, make_views, multi_scale_cam, normalize_cam
+from pseudolabel.cam import infer_response_map, make_views, multi_scale_cam, normalize_cam
 from pseudolabel.cli._console import UserError, find_masks, in_threads, read_names, report, report_names
+from pseudolabel.cli._extractors import Way, find_way, present_maps_of
+from pseudolabel.cli._models import class_places, load_classifier
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.refine import CRF_PRESETS, DenseCRF, dense_crf
 
-__all__ = ["METHODS", "find_device", "load_model", "load_weights", "read_image_labels", "run"]
+__all__ = ["METHODS", "find_device", "read_image_labels", "run"]
 
 
 def cam_method(
@@ -49,6 +45,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 SETTINGS = "pseudolabel.json"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.images}: no photo here goes by a name in {args.labels}")
 
     device = find_device(args.device)
-    model = load_weights(load_model(args.model), args.weights).to(device).eval()
-    look = _lens(model, device, args, labels.classes)
+    look, network_settings = _open_network(args, labels.classes, device)
     _rehearse(method, options, args.scales)
     out, cams = Path(args.out), Path(args.save_cams) if args.save_cams else None
     for folder in filter(None, (out, cams)):
         folder.mkdir(parents=True, exist_ok=True)
-    _keep_settings(out, _settings(args, options), names, anew=args.overwrite)
+    settings = {"method": args.method, **options, **network_settings}
+    _keep_settings(out, settings, names, anew=args.overwrite)
 
     @torch.no_grad()
     def compute(name: str) -> tuple[Tensor, Tensor]:
@@ -96,8 +93,6 @@ def run(args: argparse.Namespace) -> int:
             return "kept"
         try:
             mask, maps = compute(name)
-        except UserError:
-            raise
         except Exception as error:  # whatever a photo or a network comes up with
             if args.debug:
                 raise
@@ -114,111 +109,71 @@ def run(args: argparse.Namespace) -> int:
     return 1 if skipped or without_labels or without_photo else 0
 
 
+def _open_network(
+    args: argparse.Namespace, classes: Sequence[str], device: torch.device
+) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, Any]]:
+    """How the network looks at photos (`_lens`), and all settings on which that depends."""
+    network = load_classifier(args.model, args.weights)
+    mean, std = args.mean or network.mean or IMAGENET_MEAN, args.std or network.std or IMAGENET_STD
+    if min(std) <= 0:
+        raise UserError(f"--std: expected numbers > 0, got {std}")
+    model = network.model.to(device).eval()
+    way = find_way(network, args.maps, args.layer, args.classifier)
+    places = class_places(classes, network.classes, way.num_classes)
+
+    report(f"maps: {way.said}")
+    if way.only:
+        report(f"the network takes {way.only} x {way.only} alone: all views are made that, one scale will do")
+    if way.least > 1:
+        report(f"the network takes no views of sides below {way.least}: smaller ones are made that")
+    if not network.own:
+        known = f"{way.num_classes} classes, {'by name' if network.classes else 'in order'}"
+        report(f"{len(places)} of the network's {known}; mean {tuple(mean)}, std {tuple(std)}")
+
+    settings = {name: getattr(args, name) for name in ("model", "layer", "classifier", "scales", "flip")}
+    settings |= {"mean": list(mean), "std": list(std), "weights": _digest(args.weights, model)}
+    if way.maps != "cam":
+        settings["maps"] = way.maps
+    return _lens(model, way, places, args, (mean, std)), settings
+
+
+def _digest(path: str | None, model: nn.Module) -> str:
+    """SHA-256 of the file of weights, or where there is none of the weights themselves."""
+    if path:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _lens(
-    model: nn.Module, device: torch.device, args: argparse.Namespace, classes: Sequence[str]
+    model: nn.Module,
+    way: Way,
+    places: Sequence[int],
+    args: argparse.Namespace,
+    normalization: tuple[Sequence[float], Sequence[float]],
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function from an image (1,3,H,W) and its present classes (P,) to raw maps (1,P,H,W), for threads."""
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (args.mean, args.std))
-    if min(args.std) <= 0:
-        raise UserError(f"--std: expected numbers > 0, got {args.std}")
-    # Hooks belong to modules: each worker looks through modules of its own, which share all weights.
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    twins = [model, *(copy.deepcopy(model, dict(shared)) for _ in range(args.workers - 1))]
-    extractors: queue.SimpleQueue[CAM] = queue.SimpleQueue()
-    for twin in twins:
-        extractors.put(CAM(twin, args.layer, args.classifier))
+    use_maps = present_maps_of(model, way, places, args.workers)
 
     def look(image: Tensor, present: Tensor) -> Tensor:
-        cam = extractors.get()
-
-        def present_maps(views: Tensor) -> Tensor:
-            maps = cam(views)
-            if maps.shape[1] != len(classes):
-                raise UserError(
-                    f"the classifier has {maps.shape[1]} classes, the labels have {len(classes)}: "
-                    f"{', '.join(classes[:8])}"
-                )
-            return maps[:, present]
-
+        mean, std = (torch.tensor(values, device=image.device).view(1, 3, 1, 1) for values in normalization)
         normalized = (image - mean) / std
-        try:
+
+        def merge(cam: Callable[[Tensor], Tensor]) -> Tensor:
             if args.method == "infercam":
-                labels = torch.ones(1, len(present), device=device)
+                labels = torch.ones(1, len(present), device=image.device)
                 return infer_response_map(
-                    present_maps, normalized, labels, scales=args.scales, flip=args.flip
+                    cam, normalized, labels, scales=args.scales, flip=args.flip
                 ).response
-            return multi_scale_cam(present_maps, normalized, None, args.scales, args.flip)
-        finally:
-            extractors.put(cam)
+            return multi_scale_cam(cam, normalized, None, args.scales, args.flip)
+
+        return use_maps(present, merge)
 
     return look
-
-
-def load_model(factory: str) -> nn.Module:
-    """The network that `module:function` returns, searched in the current folder as well."""
-    module_name, _, function_name = factory.partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"--model: expected module:function, got {factory!r}")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(f"--model: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"--model: {module_name!r} has no function {function_name!r}")
-    try:
-        model = function()
-    except Exception as error:
-        raise UserError(f"--model: {factory}() failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"--model: expected {factory}() to return an nn.Module, got {type(model).__name__}")
-    return model
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a state dict from `.pt`, `.pth` or `.npz` into the network; every name and shape must fit."""
-    state, own = _read_state(Path(path)), model.state_dict()
-    problems = [
-        ("lacks", [name for name in own if name not in state]),
-        ("has, unknown to the model,", [name for name in state if name not in own]),
-        (
-            "has in another shape",
-            [
-                f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-                for name in own
-                if name in state and state[name].shape != own[name].shape
-            ],
-        ),
-    ]
-    said = [f"{what} {len(names)}: {', '.join(names[:3])}" for what, names in problems if names]
-    if said:
-        raise UserError(f"{path}: does not fit the model; it {'; it '.join(said)}")
-    model.load_state_dict(state)
-    return model
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    content: Any
-    if path.suffix not in {".pt", ".pth", ".npz"}:
-        raise UserError(f"{path}: expected weights in .pt, .pth or .npz")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                content = {name: torch.from_numpy(archive[name]) for name in archive.files}
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot read these weights without running code: {first_line}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path}: expected a state dict (name -> tensor), got {type(content).__name__}")
-    return content
 
 
 def _method_options(args: argparse.Namespace, method: Callable[..., Tensor]) -> dict[str, Any]:
@@ -268,16 +223,6 @@ def _rehearse(method: Callable[..., Tensor], options: dict[str, Any], scales: Se
     blank = torch.zeros(1, 3, 8, 8)
     make_views(blank, scales)
     method(blank, blank[:, :1], torch.ones(1, 1), **options)
-
-
-def _settings(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what a mask looks like, but for photo and labels."""
-    names = ("model", "layer", "classifier", "scales", "flip", "mean", "std")
-    with Path(args.weights).open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"method": args.method, **options, "weights": weights} | {
-        name: getattr(args, name) for name in names
-    }
 
 
 def _keep_settings(out: Path, settings: dict[str, Any], names: Sequence[str], *, anew: bool) -> None:

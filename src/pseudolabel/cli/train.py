@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pseudolabel import io
 from pseudolabel.cli._console import UserError, find_masks, read_names, report, report_names
+from pseudolabel.cli._models import load_model, load_weights
 from pseudolabel.cli._training import (
     Settings,
     is_first,
@@ -27,7 +28,7 @@ from pseudolabel.cli._training import (
     sum_over_processes,
     train,
 )
-from pseudolabel.cli.generate import find_device, load_model, load_weights, read_image_labels
+from pseudolabel.cli.generate import find_device, read_image_labels
 from pseudolabel.losses import PretendedUnderFittingLoss, UnderFittingMode, pretended_under_fitting_loss
 
 __all__ = ["Settings", "run", "segmentation_loss", "train_classifier", "train_segmenter"]

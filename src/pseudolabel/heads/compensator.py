@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_choice, check_float, check_labels, check_number, check_shapes
+from pseudolabel._checks import (
+    check_choice,
+    check_finite,
+    check_float,
+    check_labels,
+    check_number,
+    check_shapes,
+)
 from pseudolabel._maps import stretch, working_dtype
 from pseudolabel.cam import normalize_cam
 from pseudolabel.heads.cross_transform import CTROutput, TopK, _check_scores, _pixel_rows
@@ -64,6 +71,8 @@ def compensate(
     check_float(scores=scores)
     check_number("temperature", temperature, above=0)
     check_shapes(present=(present, "K"), **{"topk.values": (topk.values, "K k")})
+    if present.device.type == "cpu":  # accelerators would have to be waited for
+        check_labels(present, "present")
     rows = _pixel_rows(features, topk)
     with torch.autocast(scores.device.type, enabled=False):
         unit = F.normalize(rows, dim=1)
@@ -124,6 +133,7 @@ def compensation_loss(
     check_choice("reduction", reduction, get_args(Reduction))
     if labels.device.type == "cpu":  # accelerators would have to be waited for
         check_labels(labels)
+        check_finite(cam=cam, compensated=compensated)  # a NaN would not be among the largest
     target = normalize_cam(compensated.detach()[:, 1:].to(working_dtype(compensated)), "minmax-zero")
     target = stretch(target, (cam.shape[2], cam.shape[3]))
     difference = (_winners(target, labels) - _winners(cam.to(working_dtype(cam)), labels)).abs().flatten(1)

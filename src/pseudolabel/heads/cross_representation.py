@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_choice, check_count, check_number, check_shapes
+from pseudolabel._checks import (
+    check_choice,
+    check_count,
+    check_float,
+    check_number,
+    check_sequence,
+    check_shapes,
+)
 from pseudolabel._maps import stretch
 from pseudolabel.refine import cam_seed, pixel_correlation
 
@@ -58,10 +65,16 @@ def cross_representation_refine(
         As `CrossRepresentationRefinement`.
     """
     check_choice("reduction", reduction, get_args(Merge))
+    check_shapes(seed=(seed, "B 1+C h' w'"))
+    check_float(seed=seed)
+    check_sequence(features=features)
     if not len(features):
         raise ValueError("features: expected at least one tensor, got none")
     for number, f in enumerate(features):
-        check_shapes(**{"features[0]": (features[0], "B D h w"), f"features[{number}]": (f, "B Di h w")})
+        check_shapes(
+            seed=(seed, "B 1+C h' w'"),
+            **{"features[0]": (features[0], "B D h w"), f"features[{number}]": (f, "B Di h w")},
+        )
     refined = torch.stack([pixel_correlation(seed, f, eps=eps, chunk_size=chunk_size) for f in features])
     return refined.mean(0) if reduction == "mean" else refined.sum(0)
 

@@ -22,6 +22,7 @@ from pseudolabel._checks import (
     check_labels,
     check_number,
     check_probability,
+    check_sequence,
     check_shapes,
     values_unchecked,
 )
@@ -272,6 +273,8 @@ def prototype_separation(prototypes1: Tensor, prototypes2: Tensor, present: Tens
     """
     check_shapes(prototypes1=(prototypes1, "K D"), prototypes2=(prototypes2, "K D"), present=(present, "K"))
     check_float(prototypes1=prototypes1, prototypes2=prototypes2)
+    if present.device.type == "cpu":  # accelerators would have to be waited for
+        check_labels(present, "present")
     dtype = working_dtype(prototypes1)
     cosine = prototypes1.detach().to(dtype) @ prototypes2.detach().to(dtype).T
     distance = -torch.log1p(-cosine.clamp(max=1))
@@ -574,6 +577,7 @@ def _smallest_grid(*maps: Tensor) -> tuple[int, int]:
 
 def _check_contrast(temperature: float, weights: tuple[float, float, float]) -> None:
     check_number("temperature", temperature, above=0)
+    check_sequence(weights=weights)
     if len(weights) != 3:
         raise ValueError(f"weights: expected three numbers, got {weights!r}")
     for weight in weights:

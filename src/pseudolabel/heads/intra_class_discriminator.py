@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pseudolabel._checks import (
     check_choice,
     check_count,
+    check_finite,
     check_float,
     check_labels,
     check_number,
@@ -217,6 +218,8 @@ def icd_side_statistics(
     present = _present("scores", scores, labels)
     counted = _positions("scores", scores, present, valid_mask)
     scores, cam = scores.detach(), cam.detach()
+    if scores.device.type == "cpu":  # accelerators would have to be waited for
+        check_finite(scores=scores.where(counted, 0))  # a NaN is on neither side
     activation = cam.to(working_dtype(cam)).clamp(min=0)
 
     def mean(side: Tensor) -> Tensor:
@@ -263,6 +266,8 @@ def icd_update_sides(state: Tensor, sums: Tensor, counts: Tensor, *, momentum: f
     """
     check_shapes(state=(state, "C 2"), sums=(sums, "C 2"), counts=(counts, "C"))
     check_float(state=state, sums=sums)
+    if counts.is_complex():
+        raise TypeError(f"counts: expected numbers of images, got a {counts.dtype} tensor")
     check_probability("momentum", momentum)
     current = sums / counts.clamp(min=1)[:, None]
     moved = (momentum * state + (1 - momentum) * current).to(state.dtype)
@@ -297,7 +302,9 @@ def icd_orient(scores: Tensor, state: Tensor) -> Tensor:
         As `IntraClassDiscriminator`; part of its `AccumResign`.
     """
     check_shapes(scores=(scores, "B C h w"), state=(state, "C 2"))
-    check_float(scores=scores)
+    check_float(scores=scores, state=state)
+    if state.device.type == "cpu":  # accelerators would have to be waited for
+        check_finite(state=state)  # a NaN would never flip
     flipped = state[:, 0] < state[:, 1]
     return torch.where(flipped[:, None, None], -scores, scores)
 
@@ -337,6 +344,8 @@ def icd_targets(scores: Tensor, *, margin: float = 0.2, eps: float = 1e-5) -> tu
     check_probability("margin", margin)
     check_number("eps", eps, above=0)
     r = scores.detach().to(working_dtype(scores))
+    if r.device.type == "cpu":  # accelerators would have to be waited for
+        check_finite(scores=r)  # a NaN is neither confident nor seen in the result
     positive, negative = r.clamp(min=0), r.clamp(max=0)
     if r.numel() == 0:
         return r > 0, r > 0
@@ -391,6 +400,8 @@ def icd_top_down_loss(
     """
     check_shapes(logits=(logits, "B C h w"), scores=(scores, "B C h w"))
     check_float(logits=logits, scores=scores)
+    if not isinstance(weight, Tensor):
+        check_number("weight", weight)
     counted = _positions("logits", logits, _present("logits", logits, labels), valid_mask)
     target, confident = icd_targets(scores.where(counted, 0), margin=margin)
     z = logits.to(working_dtype(logits))

@@ -1,9 +1,12 @@
 """Writing of files that are either wholly there or not there at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
+
+from pseudolabel.io._files import check_path
 
 __all__ = ["write_atomically"]
 
@@ -16,10 +19,19 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     file as well, and may leave the hidden one (`.<random>.tmp`), which nothing in this library reads.
 
     Raises:
+        TypeError: If `path` is no path.
+        ValueError: If the name is a device's, pipe's or socket's, which are never replaced.
         OSError: If the folder is missing or not writable, the disk is full, or the name is a folder's. It
             names `path`.
     """
+    check_path(path)
     target = Path(os.path.realpath(path))  # a link keeps pointing to the file that is replaced
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise ValueError(
+            f"{os.fspath(path)}: expected a regular file to replace, got a pipe, socket or device"
+        )
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         try:

@@ -4,9 +4,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from PIL import Image, ImageFile, UnidentifiedImageError
+
+from pseudolabel.io._files import open_file
 
 __all__ = ["MAX_PIXELS", "open_image"]
 
@@ -50,10 +51,11 @@ _strict_decoding = _StrictDecoding()
 def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open a picture file; its pixels are decoded, and to be taken out, inside the `with` block.
 
+    Pipes and devices are refused.
     Any exception in the block becomes a `ValueError` that names the file and the cause; what the file system
     says (no such file, no permission) stays an `OSError`.
     """
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         try:
             if not file.read(1):
                 raise ValueError("the file is empty")

@@ -13,13 +13,14 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pseudolabel.io._files import MAX_BYTES, check_path, open_file
 
 __all__ = ["UnsafePickleError", "read_pickled_dict", "to_tensor"]
 
@@ -29,7 +30,7 @@ class UnsafePickleError(ValueError):
 
 
 def read_pickled_dict(
-    path: str | os.PathLike[str], *, allow_pickle: bool, advice: str
+    path: str | os.PathLike[str], *, allow_pickle: bool, advice: str, max_bytes: int = MAX_BYTES
 ) -> dict[object, object]:
     """Read the dict that `np.save` or `pickle.dump` put into a file; `to_tensor` makes tensors of its values.
 
@@ -37,19 +38,21 @@ def read_pickled_dict(
         path: An `.npy` file that holds one pickled dict, or a bare pickle.
         allow_pickle: False refuses the file.
         advice: What to do about that, for the error.
+        max_bytes: Refuse larger files.
 
     Raises:
         UnsafePickleError: If the file asks for anything but arrays, tensors and plain containers.
-        ValueError: If pickle is not allowed, or the file is corrupt or holds something else.
+        ValueError: If pickle is not allowed, or the file is corrupt, too large or holds something else.
         OSError: If there is no such file, or it may not be read.
     """
+    check_path(path)
     name = os.fspath(path)
     if not allow_pickle:
         raise ValueError(
             f"{name}: this format is a pickle, which may run code on loading. Pass allow_pickle=True if you "
             f"know its source: even then only arrays, tensors and plain containers are admitted. {advice}"
         )
-    with Path(path).open("rb") as file:
+    with open_file(path, max_bytes=max_bytes) as file:
         try:
             content = _load(file)
             content = content.value if isinstance(content, _Pickled) else content

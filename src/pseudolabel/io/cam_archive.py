@@ -5,7 +5,6 @@ import math
 import os
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from pseudolabel._checks import check_finite, check_float, check_labels, check_shapes
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._decode import MAX_PIXELS
+from pseudolabel.io._files import MAX_BYTES, check_path, open_file
 
 __all__ = ["StoredCAM", "read_cam", "write_cam"]
 
@@ -123,6 +123,7 @@ def write_cam(
         >>> stored.keys, stored.cams.shape, stored.size
         (tensor([14]), torch.Size([1, 8, 10]), (64, 80))
     """
+    check_path(path)
     if os.path.splitext(os.fspath(path))[1].lower() != ".npz":  # noqa: PTH122
         raise ValueError(f"path: expected a name that ends in .npz, got {os.fspath(path)!r}")
     sizes = check_shapes(cam=(cam, "C h w"), labels=(labels, "C"))
@@ -150,7 +151,7 @@ def read_cam(
     path: str | os.PathLike[str],
     num_classes: int | None = None,
     *,
-    max_bytes: int = 1 << 30,
+    max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
 ) -> StoredCAM:
     """Read an archive of `write_cam`. Sizes are checked before anything is allocated for them.
@@ -169,7 +170,7 @@ def read_cam(
             does not agree with itself; it names path and cause.
         OSError: If there is no such file, or it may not be read.
     """
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 stored = _read_archive(archive, max_bytes)

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pseudolabel._checks import check_labels, check_shapes
 from pseudolabel.io._atomic import write_atomically
+from pseudolabel.io._files import MAX_BYTES, open_file
 from pseudolabel.io._unpickle import read_pickled_dict, to_tensor
 
 __all__ = ["VOC_CLASSES", "ImageLabels", "read_cls_labels", "read_labels", "write_labels"]
@@ -41,6 +41,9 @@ VOC_CLASSES = (
     "tvmonitor",
 )
 """Foreground classes of PASCAL VOC in the order of its masks: class c has the mask value c+1."""
+
+# An image id that, put behind a folder, would lead out of it: `../a`, `/a`, `C:\\a`.
+_ESCAPE = re.compile(r"\0|^[/\\]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
 
 _FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
@@ -105,7 +108,9 @@ class ImageLabels:
         return {name: row for row, name in enumerate(self.names)}
 
 
-def read_labels(path: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> ImageLabels:
+def read_labels(
+    path: str | os.PathLike[str], *, classes: Sequence[str] | None = None, max_bytes: int = MAX_BYTES
+) -> ImageLabels:
     r"""Read image-level labels from a CSV file: a header, then a row an image, a 0/1 column a class.
 
     The first column holds the image ids. Each other column whose values are all 0 or 1 is a class; a column
@@ -116,13 +121,15 @@ def read_labels(path: str | os.PathLike[str], *, classes: Sequence[str] | None =
     Args:
         path: CSV file, UTF-8, separated by commas.
         classes: Columns to take, in this order; no other column is looked at. All class columns for None.
+        max_bytes: Refuse larger files.
 
     Returns:
         Names, classes and labels in the order of the file.
 
     Raises:
-        ValueError: If the file is empty or no such table, a row has too few or too many cells, a name comes
-            twice, a value is neither 0 nor 1, or a class has no column; it names path, line and column.
+        ValueError: If the file is empty, too large or no such table, a row has too few or too many cells, a
+            name comes twice or leads out of its folder, a value is neither 0 nor 1, or a class has no column;
+            it names path, line and column.
         OSError: If there is no such file, or it may not be read.
 
     Examples:
@@ -135,7 +142,7 @@ def read_labels(path: str | os.PathLike[str], *, classes: Sequence[str] | None =
         (('cat', 'dog'), tensor([False,  True]))
     """
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_file(path, max_bytes=max_bytes), "utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
         return _parse(lines, classes)
@@ -152,7 +159,7 @@ def write_labels(path: str | os.PathLike[str], labels: ImageLabels) -> None:
         labels: What to write.
 
     Raises:
-        ValueError: If a name cannot be written as UTF-8.
+        ValueError: If a name cannot be written as UTF-8, or leads out of its folder.
         OSError: If the folder is missing, not writable or full. An older file of the name stays as it was.
 
     Examples:
@@ -169,13 +176,19 @@ def write_labels(path: str | os.PathLike[str], labels: ImageLabels) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", *labels.classes])
+    for name in labels.names:
+        _check_id("labels", name)
     rows = labels.labels.int().tolist()
     writer.writerows([name, *row] for name, row in zip(labels.names, rows, strict=True))
     write_atomically(path, text.getvalue().encode("utf-8"))
 
 
 def read_cls_labels(
-    path: str | os.PathLike[str], *, allow_pickle: bool = False, classes: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    allow_pickle: bool = False,
+    classes: Sequence[str] | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> ImageLabels:
     """Read the `cls_labels.npy` of the field's repositories: a pickled dict, image id -> (C,) of 0 and 1.
 
@@ -187,6 +200,7 @@ def read_cls_labels(
         allow_pickle: Must be True: the format is a pickle. Even then it is read by an unpickler that admits
             arrays, tensors and plain containers alone.
         classes: Names of the C classes, such as `VOC_CLASSES`. Their mask values `"1"` ... `"C"` for None.
+        max_bytes: Refuse larger files.
 
     Returns:
         Names in the order of the file, classes and labels. `write_labels` saves them without pickle.
@@ -197,7 +211,7 @@ def read_cls_labels(
         OSError: If there is no such file, or it may not be read.
     """
     advice = "write_labels saves what was read as CSV."
-    content = read_pickled_dict(path, allow_pickle=allow_pickle, advice=advice)
+    content = read_pickled_dict(path, allow_pickle=allow_pickle, advice=advice, max_bytes=max_bytes)
     try:
         if not content:
             raise ValueError("the dict is empty")
@@ -207,7 +221,10 @@ def read_cls_labels(
         labels = torch.stack([row.to(torch.float32) for row in rows])
         if classes is None:
             classes = [str(c + 1) for c in range(labels.shape[1])]
-        return ImageLabels(tuple(_image_id(key) for key in content), tuple(classes), labels)
+        names = tuple(_image_id(key) for key in content)
+        for name in names:
+            _check_id("the dict", name)
+        return ImageLabels(names, tuple(classes), labels)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -235,6 +252,7 @@ def _parse(lines: list[tuple[int, list[str]]], classes: Sequence[str] | None) ->
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(f"line {line}: expected {len(header)} cells as in the header, got {len(row)}")
+        _check_id(f"line {line}", row[0])
         if (first := first_line.setdefault(row[0], line)) != line:
             raise ValueError(f"line {line}: {row[0]!r} stands in line {first} already")
     if missing := [name for name in classes or () if name not in header[1:]]:
@@ -256,6 +274,12 @@ def _parse(lines: list[tuple[int, list[str]]], classes: Sequence[str] | None) ->
         raise ValueError(f"no column of 0 and 1 among {header[1:]}")
     labels = torch.tensor(list(columns.values())).T.contiguous()
     return ImageLabels(tuple(row[0] for _, row in rows), tuple(columns), labels)
+
+
+def _check_id(where: str, name: str) -> None:
+    """Check that an image id, which will be part of other files' names, stays in the folder it is put to."""
+    if _ESCAPE.search(name):
+        raise ValueError(f"{where}: expected an image id that leads out of no folder, got {name!r}")
 
 
 def _check_names(argument: str, names: tuple[str, ...]) -> None:

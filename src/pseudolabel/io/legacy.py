@@ -5,6 +5,7 @@ import os
 import torch
 from torch import Tensor
 
+from pseudolabel.io._files import MAX_BYTES
 from pseudolabel.io._unpickle import read_pickled_dict, to_tensor
 from pseudolabel.io.cam_archive import StoredCAM
 
@@ -15,7 +16,11 @@ _MAPS = ("high_res", "attn_highres", "cam")
 
 
 def read_legacy_cam(
-    path: str | os.PathLike[str], *, allow_pickle: bool = False, background: bool = False
+    path: str | os.PathLike[str],
+    *,
+    allow_pickle: bool = False,
+    background: bool = False,
+    max_bytes: int = MAX_BYTES,
 ) -> StoredCAM:
     """Read the pickled CAMs of one image.
 
@@ -35,6 +40,7 @@ def read_legacy_cam(
         allow_pickle: Must be True: the format is a pickle, which can run code when it is loaded. Even then it
             is read by an unpickler that admits arrays, tensors and plain containers alone.
         background: The dict counts from the background, whose map is left out.
+        max_bytes: Refuse larger files.
 
     Returns:
         Keys, maps (float16 stays, other float dtypes become float32) and size.
@@ -45,7 +51,7 @@ def read_legacy_cam(
         OSError: If there is no such file, or it may not be read.
     """
     advice = "write_cam saves what was read as an archive without pickle."
-    content = read_pickled_dict(path, allow_pickle=allow_pickle, advice=advice)
+    content = read_pickled_dict(path, allow_pickle=allow_pickle, advice=advice, max_bytes=max_bytes)
     try:
         keys, maps = _keys_and_maps(content)
         if not maps.is_floating_point():

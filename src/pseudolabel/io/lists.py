@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from pseudolabel.io._files import MAX_BYTES, open_file
+
 __all__ = ["ListEntry", "VOCLayout", "find_images", "read_list"]
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -28,7 +30,7 @@ class ListEntry:
     class_ids: tuple[int, ...] = ()
 
 
-def read_list(path: str | os.PathLike[str]) -> tuple[ListEntry, ...]:
+def read_list(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> tuple[ListEntry, ...]:
     r"""Read a list of images in any of the field's dialects.
 
     | line | found in |
@@ -42,13 +44,14 @@ def read_list(path: str | os.PathLike[str]) -> tuple[ListEntry, ...]:
 
     Args:
         path: Text file, UTF-8.
+        max_bytes: Refuse larger files.
 
     Returns:
         One entry a line, in the order of the file.
 
     Raises:
-        ValueError: If the file is empty or not UTF-8, a line fits no dialect, a path leaves the root, or a
-            name comes twice; it names path and line.
+        ValueError: If the file is empty, too large or not UTF-8, a line fits no dialect, a path leaves the
+            root, or a name comes twice; it names path and line.
         OSError: If there is no such file, or it may not be read.
 
     Examples:
@@ -62,7 +65,8 @@ def read_list(path: str | os.PathLike[str]) -> tuple[ListEntry, ...]:
         ListEntry(name='a', image='JPEGImages/a.jpg', mask='Masks/a.png', class_ids=())
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open_file(path, max_bytes=max_bytes) as file:
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)}: not a UTF-8 text file: {error}") from error
     entries: list[ListEntry] = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from pseudolabel._checks import check_integer, check_shapes
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._decode import MAX_PIXELS, open_image
+from pseudolabel.io._files import check_path
 
 __all__ = ["colorize_mask", "read_mask", "voc_palette", "write_mask"]
 
@@ -75,14 +76,13 @@ def write_mask(
         ValueError: If a shape or value is not as above, or the name does not end in `.png`.
         OSError: If the folder is missing, not writable or full. An older file of the name stays as it was.
     """
+    check_path(path)
     if os.path.splitext(os.fspath(path))[1].lower() != ".png":  # noqa: PTH122
         raise ValueError(f"path: expected a name that ends in .png, got {os.fspath(path)!r}")
     mask = torch.as_tensor(mask)
     if mask.ndim == 3 and len(mask) == 1:
         mask = mask[0]
     _check_mask(mask, "H W")
-    if mask.numel() == 0:
-        raise ValueError(f"mask: expected at least one pixel, got shape {tuple(mask.shape)}")
     picture = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
     picture.putpalette(_full_palette(palette).numpy().tobytes())
     encoded = io.BytesIO()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_float, check_integer, check_shapes
+from pseudolabel._checks import check_float, check_integer, check_shapes, check_unit_range
 from pseudolabel._maps import working_dtype
 
 __all__ = ["affinity_loss"]
@@ -30,7 +30,7 @@ def affinity_loss(affinity: Tensor, pair_labels: Tensor) -> Tensor:
 
     Raises:
         TypeError: If ``affinity`` is not floating-point or ``pair_labels`` no integer tensor.
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit, or ``affinity`` leaves [0, 1] (looked at on a CPU alone).
 
     Examples:
         >>> import torch
@@ -46,6 +46,8 @@ def affinity_loss(affinity: Tensor, pair_labels: Tensor) -> Tensor:
     check_shapes(affinity=(affinity, "B O h w"), pair_labels=(pair_labels, "B O h w"))
     check_float(affinity=affinity)
     check_integer(pair_labels=pair_labels)
+    if affinity.device.type == "cpu":  # accelerators would have to be waited for
+        check_unit_range(affinity=affinity)
     a = affinity.to(working_dtype(affinity))
     alike, different = -torch.log(a + 1e-5), -torch.log(1 + 1e-5 - a)
 

@@ -78,6 +78,8 @@ def balanced_mask_cross_entropy(
     """
     sizes = check_shapes(logits=(logits, "B N h w"), mask=(mask, "B H W"))
     check_float(logits=logits)
+    if sizes["N"] == 0:
+        raise ValueError(f"logits: expected a background channel in front, got {tuple(logits.shape)}")
     check_integer(mask=mask)
     check_shapes(**{"logits[:, 1:]": (logits[:, 1:], "B C h w")}, labels=(labels, "B C"))
     _check_settings(reduction, mean_over)

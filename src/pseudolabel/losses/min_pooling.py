@@ -5,7 +5,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from pseudolabel._checks import check_choice, check_float, check_number, check_shapes
+from pseudolabel._checks import check_choice, check_finite, check_float, check_number, check_shapes
 from pseudolabel._maps import working_dtype
 from pseudolabel.losses._present import zero_absent
 from pseudolabel.losses._reduction import Reduction, reduce
@@ -52,6 +52,8 @@ def min_pooling_loss(
     check_number("fraction", fraction, above=0, at_most=1)
     if sizes["C"] == 0:
         raise ValueError(f"cam: expected at least one class, got {tuple(cam.shape)}")
+    if cam.device.type == "cpu":  # accelerators would have to be waited for
+        check_finite(cam=cam)  # a NaN would not be among the smallest
     strongest = zero_absent(cam.to(working_dtype(cam)), labels, "cam").amax(1).flatten(1)
     count = max(1, int(fraction * strongest.shape[1]))
     loss = strongest.topk(count, dim=1, largest=False, sorted=False).values.relu().mean(1)

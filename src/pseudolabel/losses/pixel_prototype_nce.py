@@ -75,6 +75,8 @@ def pixel_prototype_nce(
     check_float(features=features, prototypes=prototypes)
     check_integer(targets=targets)
     check_number("temperature", temperature, above=0)
+    if sizes["K"] == 0:
+        raise ValueError(f"prototypes: expected at least one class, got {tuple(prototypes.shape)}")
     if targets.device.type == "cpu":  # accelerators would have to be waited for, and assert it themselves
         check_classes(sizes["K"], ignore_index, targets=targets)
     if valid is not None:

@@ -86,6 +86,8 @@ def pretended_under_fitting_loss(
     """
     sizes = check_shapes(logits=(logits, "B N h w"), mask=(mask, "B H W"))
     check_float(logits=logits)
+    if sizes["N"] == 0:
+        raise ValueError(f"logits: expected a background channel in front, got {tuple(logits.shape)}")
     _check_settings(mode, beta, k, gate_over, mean_over)
     if class_weight is not None:
         check_shapes(logits=(logits, "B N h w"), class_weight=(class_weight, "N"))

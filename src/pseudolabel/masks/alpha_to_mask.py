@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pseudolabel._checks import (
     check_float,
+    check_ignore_index,
     check_labels,
     check_probability,
     check_shapes,
@@ -64,6 +65,7 @@ def alpha_to_mask(
         check_probability("margin", margin)
     if confidence is not None:
         check_probability("confidence", confidence)
+    check_ignore_index(ignore_index)
     if 0 <= ignore_index <= alpha.shape[1]:
         raise ValueError(f"ignore_index: expected no label of the classes, got {ignore_index}")
     if labels is not None:

@@ -64,7 +64,7 @@ def class_foreground(
         As `proportional_pseudo_mask`.
     """
     check_shapes(image=(image, "B 3 H W"), cam=(cam, "B C H W"))
-    check_float(cam=cam)
+    check_float(image=image, cam=cam)
     check_unit_range(cam=cam)
     check_number("alpha", alpha, above=0)
     check_probability("cut", cut)
@@ -110,6 +110,8 @@ def proportional_argmax(
     """
     check_shapes(cam=(cam, "B C H W"), foreground=(foreground, "B C H W"))
     check_float(cam=cam)
+    if foreground.dtype != torch.bool:
+        raise TypeError(f"foreground: expected a bool tensor, got {foreground.dtype}")
     check_number("offset", offset, at_least=0)
     check_choice("share_over", share_over, get_args(ShareOver))
     check_finite(cam=cam)

@@ -5,7 +5,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_count, check_float, check_labels, check_shapes
+from pseudolabel._checks import (
+    check_callable,
+    check_count,
+    check_finite,
+    check_float,
+    check_labels,
+    check_sequence,
+    check_shapes,
+    check_size,
+)
 from pseudolabel._maps import resize, working_dtype
 from pseudolabel.masks.thresholds import scores_to_mask
 from pseudolabel.refine import CRF_PRESETS, DenseCRF
@@ -54,8 +63,8 @@ def slide_logits(
     """
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
-    for size, step in zip(window, stride, strict=True):
-        check_count(window=size, stride=step)
+    check_callable(segmenter=segmenter)
+    check_size(window=window, stride=stride)
     check_count(batch_size=batch_size)
     height, width = min(window[0], image.shape[2]), min(window[1], image.shape[3])
     corners = [
@@ -63,6 +72,8 @@ def slide_logits(
         for top in _window_starts(image.shape[2], height, stride[0])
         for left in _window_starts(image.shape[3], width, stride[1])
     ]
+    if len(image) == 0:
+        raise ValueError(f"image: expected at least one image, got {tuple(image.shape)}")
     places = [(b, top, left) for top, left in corners for b in range(len(image))]
     total: Tensor | None = None
     count = image.new_zeros(1, 1, *image.shape[2:])
@@ -71,6 +82,7 @@ def slide_logits(
         crops = torch.stack([image[b, :, y : y + height, x : x + width] for b, y, x in part])
         logits = segmenter(crops)
         check_shapes(**{"crops": (crops, "B 3 h w"), "segmenter(crops)": (logits, "B N hi wi")})
+        check_float(**{"segmenter(crops)": logits})
         logits = resize(logits.to(working_dtype(logits)), (height, width))
         if total is None:
             total = logits.new_zeros(len(image), logits.shape[1], *image.shape[2:])
@@ -106,6 +118,8 @@ def average_views(logits: Sequence[Tensor], size: tuple[int, int], *, flip: bool
     Source:
         `aug_test` of the official PMM segmentation program at 2cbb54e (MMSegmentation).
     """
+    check_sequence(logits=logits)
+    check_size(size=size)
     if not logits or (flip and len(logits) % 2):
         wanted = "an even number of views, plain and mirrored by turns" if flip else "at least one view"
         raise ValueError(f"logits: expected {wanted}, got {len(logits)}")
@@ -113,6 +127,7 @@ def average_views(logits: Sequence[Tensor], size: tuple[int, int], *, flip: bool
     for number, view in enumerate(logits):
         check_shapes(**{"logits[0]": (logits[0], "B N h w"), f"logits[{number}]": (view, "B N hi wi")})
         check_float(**{f"logits[{number}]": view})
+        check_finite(**{f"logits[{number}]": view})
         probs = resize(view.to(working_dtype(view)), size).softmax(1)
         probs = probs.flip(-1) if flip and number % 2 else probs
         total = probs if total is None else total + probs

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pseudolabel._checks import check_count, check_float, check_shapes
+from pseudolabel._checks import check_float, check_shapes, check_size
 from pseudolabel._maps import stretch, stretched_mean, working_dtype
 
 __all__ = ["fuse_segmentation_and_class"]
@@ -48,9 +48,7 @@ def fuse_segmentation_and_class(logits: Tensor, cam: Tensor, size: tuple[int, in
             f"logits: expected {1 + cam.shape[1]} channels, the background and the classes of cam, "
             f"got {logits.shape[1]}"
         )
-    height, width = size
-    check_count(size=height)
-    check_count(size=width)
+    check_size(size=size)
     probs = stretch(logits.to(working_dtype(logits)), size).softmax(1)[:, 1:]
     gate = stretched_mean(cam.to(working_dtype(cam)), size).sigmoid()
     return probs * gate[:, :, None, None]

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_boxes,
     check_count,
     check_finite,
     check_float,
+    check_ignore_index,
     check_integer,
     check_labels,
     check_number,
     check_probability,
     check_shapes,
-    values_unchecked,
 )
 from pseudolabel._maps import gather_present, present_classes, resize, working_dtype
 from pseudolabel.masks.background import constant_background
@@ -54,6 +55,7 @@ def scores_to_mask(scores: Tensor, *, confidence: float | None = None, ignore_in
     if scores.shape[1] == 0:
         raise ValueError(f"scores: expected a background channel in front, got {tuple(scores.shape)}")
     check_finite(scores=scores)
+    check_ignore_index(ignore_index)
     highest, mask = scores.max(1)
     if confidence is None:
         return mask
@@ -218,17 +220,10 @@ def _drop(scores: Tensor, unused: Tensor | None) -> Tensor:
 
 def _inside(boxes: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
     """Which pixels (B,H,W) lie in the box of their image."""
+    check_boxes(boxes, size)
     height, width = size
     boxes = boxes.to(device, torch.int64)
     top, left, bottom, right = boxes.T[:, :, None, None]
-    if not values_unchecked(boxes):
-        fits = (top >= 0) & (left >= 0) & (top < bottom) & (left < right)
-        wrong = ~(fits & (bottom <= height) & (right <= width)).flatten()
-        if bool(wrong.any()):
-            raise ValueError(
-                "boxes: expected top, left, bottom, right with 0 <= top < bottom <= "
-                f"{height} and 0 <= left < right <= {width}, got {boxes[wrong][0].tolist()}"
-            )
     y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     inside: Tensor = (y >= top) & (y < bottom) & (x >= left) & (x < right)
     return inside
@@ -241,6 +236,7 @@ def _check_settings(high: float, low: float, downscale: int) -> None:
 
 
 def _check_ignore_index(ignore_index: int, num_classes: int) -> None:
+    check_ignore_index(ignore_index)
     if 0 <= ignore_index < num_classes:
         raise ValueError(
             f"ignore_index: expected a label outside the {num_classes} classes (background included), "

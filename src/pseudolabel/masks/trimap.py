@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pseudolabel._checks import (
     check_choice,
     check_classes,
+    check_count,
     check_float,
     check_labels,
     check_number,
@@ -225,8 +226,7 @@ def trimap_from_mask(
     """
     check_shapes(mask=(mask, "B H W"))
     check_classes(num_classes, ignore_index, mask=mask)
-    _check_whole("erode", erode)
-    _check_whole("min_area", min_area)
+    check_count(at_least=0, erode=erode, min_area=min_area)
     known = mask.long().masked_fill(mask == ignore_index, 0)
     if labels is None:
         present = torch.zeros(len(mask), num_classes, dtype=torch.bool, device=mask.device)
@@ -267,6 +267,7 @@ def trimap_areas(trimap: Tensor) -> TrimapAreas:
     """
     sizes = check_shapes(trimap=(trimap, "B C H W"))
     check_float(trimap=trimap)
+    check_unit_range(trimap=trimap)
     foreground = (trimap == 1).sum((2, 3))
     unknown = ((trimap > 0) & (trimap < 1)).any(1).sum((1, 2))
     return TrimapAreas(foreground, sizes["H"] * sizes["W"] - foreground.sum(1) - unknown, unknown)
@@ -407,11 +408,6 @@ def _trimap(seeds: Tensor, index: Tensor, valid: Tensor, num_classes: int, dtype
     return scatter_present(own.masked_fill((seeds == UNKNOWN)[:, None], 0.5), index, valid, num_classes)
 
 
-def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
-
-
 def _check_settings(
     *,
     kind: TrimapKind,
@@ -429,7 +425,6 @@ def _check_settings(
     else:
         check_probability("background", background)
     check_probability("margin", margin)
-    _check_whole("min_area", min_area)
-    _check_whole("erode", erode)
+    check_count(at_least=0, min_area=min_area, erode=erode)
     check_probability("fallback", fallback)
     check_probability("max_unknown", max_unknown)

@@ -13,10 +13,12 @@ from pseudolabel._checks import (
     check_count,
     check_finite,
     check_float,
+    check_ignore_index,
     check_integer,
     check_labels,
     check_number,
     check_probability,
+    check_sequence,
     check_shapes,
     values_unchecked,
 )
@@ -288,6 +290,7 @@ class _Votes:
         at_most_one: bool = False,
     ) -> None:
         self.soft: Tensor | None = None
+        check_ignore_index(ignore_index)
         if isinstance(scores, Tensor) and not scores.is_floating_point():
             check_shapes(scores=(scores, "B H W"))
             check_integer(scores=scores)
@@ -387,9 +390,10 @@ def _padded(name: str, values: Tensor | Sequence[Tensor], mask: Tensor) -> Tenso
     """One tensor of what may be a list of one an image, filled up with zeros."""
     if isinstance(values, Tensor):
         return values
+    check_sequence(**{name: values})
     if len(values) != len(mask):
         raise ValueError(f"{name}: expected one tensor for each of the {len(mask)} images, got {len(values)}")
-    if not values:
+    if len(values) == 0:
         return mask.new_zeros(0, 0, *mask.shape[1:], dtype=torch.bool)
     for value in values:
         if not isinstance(value, Tensor):

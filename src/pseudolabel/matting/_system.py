@@ -83,14 +83,14 @@ def check_request(
         check_shapes(trimap=(trimap, "B C H W"), prior=(prior, "B C H W"))
         check_float(prior=prior)
         check_unit_range(prior=prior)
-        if isinstance(prior_weight, Tensor):
-            check_shapes(trimap=(trimap, "B C H W"), prior_weight=(prior_weight, "B H W"))
-            check_float(prior_weight=prior_weight)
-            check_finite(prior_weight=prior_weight)
-            if not values_unchecked(prior_weight) and bool((prior_weight < 0).any()):
-                raise ValueError(f"prior_weight: expected values >= 0, got {float(prior_weight.min()):g}")
-        else:
-            check_number("prior_weight", prior_weight, at_least=0)
+    if isinstance(prior_weight, Tensor):
+        check_shapes(trimap=(trimap, "B C H W"), prior_weight=(prior_weight, "B H W"))
+        check_float(prior_weight=prior_weight)
+        check_finite(prior_weight=prior_weight)
+        if not values_unchecked(prior_weight) and bool((prior_weight < 0).any()):
+            raise ValueError(f"prior_weight: expected values >= 0, got {float(prior_weight.min()):g}")
+    else:
+        check_number("prior_weight", prior_weight, at_least=0)
 
 
 def matte(

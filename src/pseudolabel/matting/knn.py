@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_float, check_number, check_shapes, check_unit_range
+from pseudolabel._checks import check_float, check_number, check_sequence, check_shapes, check_unit_range
 from pseudolabel._maps import working_dtype
 from pseudolabel.matting._pixels import Pixels
 from pseudolabel.matting._system import Laplacian, MattingReport, check_request, matte
@@ -191,6 +191,7 @@ def _to_torch(matrix: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _check_lists(neighbours: Sequence[int], distance_weights: Sequence[float]) -> None:
+    check_sequence(neighbours=neighbours, distance_weights=distance_weights)
     if len(neighbours) != len(distance_weights) or len(neighbours) == 0:
         raise ValueError(
             f"distance_weights: expected one for each list of neighbours, {list(neighbours)}, "

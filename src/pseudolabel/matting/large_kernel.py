@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_float, check_shapes, check_unit_range
+from pseudolabel._checks import check_count, check_float, check_shapes, check_unit_range
 from pseudolabel._maps import resize
 from pseudolabel.matting._pixels import Pixels
 from pseudolabel.matting._system import Laplacian, MattingReport, check_request, matte
@@ -120,8 +120,7 @@ def large_kernel_matting(
     check_float(image=image)
     check_unit_range(image=image)
     check_settings(radius, eps)
-    if isinstance(coarse_levels, bool) or not isinstance(coarse_levels, int) or coarse_levels < 0:
-        raise ValueError(f"coarse_levels: expected an integer >= 0, got {coarse_levels!r}")
+    check_count(at_least=0, coarse_levels=coarse_levels)
     check_request(trimap, rtol=rtol, max_iter=max_iter, prior=prior, prior_weight=prior_weight, x0=x0)
     exact = torch.float32 if image.device.type == "mps" else torch.float64
     if x0 is None and coarse_levels > 0 and min(image.shape[2:]) > 2 * radius:

@@ -107,6 +107,8 @@ def random_walk_matting(
     """
     check_shapes(guidance=(guidance, "B D H W"), trimap=(trimap, "B C H W"))
     check_float(guidance=guidance)
+    if guidance.shape[1] == 0:
+        raise ValueError(f"guidance: expected at least one channel, got {tuple(guidance.shape)}")
     check_finite(guidance=guidance)
     check_number("beta", beta, at_least=0)
     check_choice("preconditioner", preconditioner, PRECONDITIONERS)

@@ -1,12 +1,19 @@
 """ViTMatte: a matting network that has been trained on alpha mattes, so with more than image-level labels."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_count
+from pseudolabel._checks import (
+    check_callable,
+    check_count,
+    check_float,
+    check_shapes,
+    check_unit_range,
+)
 from pseudolabel.matting._classes import check_inputs, join_mattes, known_pixels
 
 __all__ = ["ViTMatte", "vitmatte_matting"]
@@ -52,6 +59,7 @@ def vitmatte_matting(image: Tensor, trimap: Tensor, model: nn.Module, *, batch_s
         Fusion 2024; the input is prepared as by `VitMatteImageProcessor` of transformers.
     """
     check_inputs(image, trimap)
+    check_callable(model=model)
     check_count(batch_size=batch_size)
     known, seeds = known_pixels(trimap.detach())
     present = (trimap > 0).flatten(2).any(2) & ~known.flatten(2).all(2)
@@ -63,10 +71,20 @@ def vitmatte_matting(image: Tensor, trimap: Tensor, model: nn.Module, *, batch_s
     if len(b) > 0:
         with torch.no_grad():
             found = [
-                model(part).alphas[:, 0, :height, :width] for part in torch.split(network_input, batch_size)
+                _alphas(model, part)[:, 0, :height, :width] for part in torch.split(network_input, batch_size)
             ]
         alpha[b, c] = torch.cat(found).to(alpha.dtype)
     return join_mattes(alpha, known, seeds)
+
+
+def _alphas(model: nn.Module, network_input: Tensor) -> Tensor:
+    """Mattes (N,1,H,W) that the network returns for its input, checked."""
+    alphas: Any = getattr(model(network_input), "alphas", None)
+    n, _, height, width = network_input.shape
+    check_shapes(**{"model(image).alphas": (alphas, f"{n} 1 {height} {width}")})
+    check_float(**{"model(image).alphas": alphas})
+    check_unit_range(**{"model(image).alphas": alphas})
+    return alphas
 
 
 class ViTMatte(nn.Module):

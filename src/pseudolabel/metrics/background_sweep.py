@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_classes, check_finite, check_float, check_shapes
+from pseudolabel._checks import (
+    check_classes,
+    check_finite,
+    check_float,
+    check_number,
+    check_sequence,
+    check_shapes,
+)
 from pseudolabel.metrics.confusion import count
 
 __all__ = ["background_sweep"]
@@ -68,6 +75,10 @@ def background_sweep(
     check_float(cam=cam)
     num_classes = 1 + num_foreground
     check_classes(num_classes, ignore_index, truth=truth)
+    if not isinstance(thresholds, Tensor):
+        check_sequence(thresholds=thresholds)
+        for threshold in thresholds:
+            check_number("thresholds", threshold)
     thresholds = torch.as_tensor(thresholds, dtype=torch.float64)  # rounded once, to the dtype of cam
     check_shapes(thresholds=(thresholds, "T"))
     check_finite(thresholds=thresholds)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_float, check_number, check_probability, check_shapes
+from pseudolabel._checks import check_callable, check_float, check_number, check_probability, check_shapes
 from pseudolabel._maps import (
     gather_present,
     present_classes,
@@ -85,9 +85,15 @@ def rtc(
         implementation at 9c777e0 up to its CRF.
     """
     check_probability("background", background)
+    check_callable(network=network)
     views = []
     for view in make_views(image, scales, flip):
-        cam, logits = network(view)
+        outputs = network(view)
+        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+            raise ValueError(
+                f"network(image): expected a pair, maps and logits, got {type(outputs).__name__}"
+            )
+        cam, logits = outputs
         views.append(fuse_segmentation_and_class(logits, cam, (view.shape[2], view.shape[3])))
     scores = merge_views(views, (image.shape[2], image.shape[3]), labels, flip=flip) / len(views)
     mask = scores_to_mask(constant_background(scores, background))

@@ -180,6 +180,7 @@ def feature_affinity(
     """
     check_shapes(features=(features, "B D h w"))
     check_float(features=features)
+    check_finite(features=features)
     check_probability("threshold", threshold)
     check_number("power", power, above=0)
     f = F.normalize(features.to(working_dtype(features)).flatten(2), dim=1)
@@ -365,7 +366,5 @@ def _parts(high: Tensor) -> Tensor:
 
 
 def _check_affinity_settings(num_prefix_tokens: int, iterations: int, power: int) -> None:
-    for name, value in (("num_prefix_tokens", num_prefix_tokens), ("iterations", iterations)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+    check_count(at_least=0, num_prefix_tokens=num_prefix_tokens, iterations=iterations)
     check_count(power=power)

@@ -13,6 +13,7 @@ from typing_extensions import ReadOnly, TypedDict
 from pseudolabel._checks import (
     check_choice,
     check_float,
+    check_ignore_index,
     check_integer,
     check_number,
     check_shapes,
@@ -311,6 +312,7 @@ def probs_from_mask(
     check_shapes(mask=(mask, "B H W"))
     check_integer(mask=mask)
     check_number("num_classes", num_classes, at_least=2)
+    check_ignore_index(ignore_index)
     check_number("confidence", confidence, above=0, at_most=1 - 1e-6)
     ignored = mask == ignore_index
     labels = mask.masked_fill(ignored, 0).long()

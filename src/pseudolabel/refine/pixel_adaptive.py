@@ -252,6 +252,8 @@ def varm(
 
 
 def _pad(maps: Tensor, dilations: Sequence[int]) -> Tensor:
+    if maps.shape[1] == 0:  # no map, which `pad` refuses
+        return maps.new_empty(*maps.shape[:2], *(side + 2 * max(dilations) for side in maps.shape[2:]))
     return F.pad(maps, (max(dilations),) * 4, mode="replicate")
 
 
@@ -394,8 +396,7 @@ def _check(
 
 def _check_passes(dilations: Sequence[int], iterations: int) -> None:
     _check_dilations(dilations)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"iterations: expected an integer >= 0, got {iterations!r}")
+    check_count(at_least=0, iterations=iterations)
 
 
 def _check_dilations(dilations: Sequence[int]) -> None:

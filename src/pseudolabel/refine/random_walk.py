@@ -5,7 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_count,
+    check_finite,
     check_float,
+    check_ignore_index,
     check_integer,
     check_labels,
     check_number,
@@ -86,6 +89,9 @@ def affinity_from_features(features: Tensor, radius: int = 5, *, inner_only: boo
     """
     sizes = check_shapes(features=(features, "B D h w"))
     check_float(features=features)
+    check_finite(features=features)
+    if sizes["D"] == 0:
+        raise ValueError(f"features: expected at least one channel, got {tuple(features.shape)}")
     size = (sizes["h"], sizes["w"])
     radius = _fitting_radius("features", radius, size, inner_only)
     f = features.to(working_dtype(features))
@@ -137,6 +143,7 @@ def affinity_labels(
     """
     sizes = check_shapes(mask=(mask, "B H W"))
     check_integer(mask=mask)
+    check_ignore_index(ignore_index)
     if ignore_index in (0, 1, 2):
         raise ValueError(f"ignore_index: expected another value than the labels 0, 1, 2, got {ignore_index}")
     mask = mask.long()
@@ -320,11 +327,9 @@ class RandomWalk(nn.Module):
 
 
 def _check_radius(radius: int) -> None:
-    if isinstance(radius, bool) or not isinstance(radius, int) or radius < 2:
-        raise ValueError(f"radius: expected an integer >= 2, got {radius!r}")
+    check_count(at_least=2, radius=radius)
 
 
 def _check_settings(beta: float, log_steps: int) -> None:
     check_number("beta", beta, above=0)
-    if isinstance(log_steps, bool) or not isinstance(log_steps, int) or log_steps < 0:
-        raise ValueError(f"log_steps: expected an integer >= 0, got {log_steps!r}")
+    check_count(at_least=0, log_steps=log_steps)

@@ -218,7 +218,7 @@ def merge_superpixels(superpixels: Tensor, region_features: Tensor, max_regions:
     Source:
         As `superpixel_refine`: the offline superpixels of the official implementation at f78286a.
     """
-    batched = superpixels.dim() != 2
+    batched = not isinstance(superpixels, Tensor) or superpixels.dim() != 2
     check_shapes(
         superpixels=(superpixels, "B H W" if batched else "H W"),
         region_features=(region_features, "B R D" if batched else "R D"),
@@ -330,7 +330,7 @@ def felzenszwalb_superpixels(
     """
     check_number("scale", scale, above=0)
     check_number("sigma", sigma, at_least=0)
-    check_number("min_size", min_size, at_least=0)
+    check_count(at_least=0, min_size=min_size)
 
     def segment(photo: NDArray[np.float64]) -> NDArray[np.int64]:
         from skimage.segmentation import felzenszwalb  # noqa: PLC0415 - takes a second to import
@@ -426,10 +426,8 @@ def _axis_taps(
 
 def _check_ids(superpixels: Tensor, num_regions: int | None, rows: str = "num_regions") -> None:
     check_integer(superpixels=superpixels)
-    if num_regions is not None and (
-        isinstance(num_regions, bool) or not isinstance(num_regions, int) or num_regions < 0
-    ):
-        raise ValueError(f"num_regions: expected an integer >= 0, got {num_regions!r}")
+    if num_regions is not None:
+        check_count(at_least=0, num_regions=num_regions)
     if values_unchecked(superpixels):
         return
     low, high = (int(bound) for bound in torch.aminmax(superpixels))
