@@ -82,7 +82,7 @@ def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
                 f"{name}: expected shape ({pattern.replace(' ', ', ')}), got {tuple(value.shape)}"
             )
         for axis, size in zip(axes, shape, strict=True):
-            if size == 0 and _SIDE.fullmatch(axis):
+            if _SIDE.fullmatch(axis) and size == 0:  # in this order: a batch may have an unknown size
                 raise ValueError(
                     f"{name}: expected shape ({pattern.replace(' ', ', ')}) with {axis} >= 1, "
                     f"got {tuple(value.shape)}"

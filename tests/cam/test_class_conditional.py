@@ -1029,7 +1029,7 @@ VIEW = [noise(1, 3, 8, 10)]
         (
             lambda: class_conditional_response(NET, VIEW, ONES, (8, 0)),
             ValueError,
-            "size: width: .* >= 1, got 0",
+            r"size: expected two integers .* got \(8, 0\)",
         ),
         (lambda: class_conditional_response(NET, VIEW, ONES, (8, 8), eps=-1), ValueError, "eps"),
         (lambda: class_conditional_response(NET, VIEW, 2 * ONES, (8, 8)), ValueError, "labels"),

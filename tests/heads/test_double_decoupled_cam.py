@@ -363,6 +363,10 @@ def test_errors() -> None:
         d2cam_logits(features, classes, backgrounds, scale=0)
     with pytest.raises(ValueError, match="margin: expected a finite number >= 0, got -1"):
         head(margin=-1)
+    with pytest.raises(ValueError, match="class_proxies: expected 3, one for each class of labels, got 2"):
+        d2cam_category_loss(torch.ones(2, 4, 5), classes[:2], LABELS)
+    with pytest.raises(ValueError, match="background_proxies: expected at least one, got none"):
+        d2cam_logits(features, classes, backgrounds[:0])
     with pytest.raises(ValueError, match="fb: expected one of"):
         head(fb="other")
     with pytest.raises(TypeError, match="features: expected a floating-point tensor"):

@@ -150,3 +150,5 @@ def test_errors() -> None:
         matlabel(image, (posterior > 0.5).long(), LABELS)
     with pytest.raises(ValueError, match="confidence: expected a finite number >= 0 and <= 1"):
         matlabel(image, posterior, LABELS, confidence=2)
+    with pytest.raises(TypeError, match="matting: expected a callable, got None"):
+        matlabel(image, posterior, LABELS, matting=None)

@@ -53,6 +53,8 @@ def class_activation_map(features: Tensor, weight: Tensor, bias: Tensor | None =
         arguments["bias"] = (bias, "C")
     check_shapes(**arguments)
     check_float(features=features, weight=weight)
+    if len(weight) == 0:
+        raise ValueError(f"weight: expected at least one class, got {tuple(weight.shape)}")
     dtype = working_dtype(features)
     cam = F.conv2d(
         features.to(dtype), weight.to(dtype)[:, :, None, None], None if bias is None else bias.to(dtype)

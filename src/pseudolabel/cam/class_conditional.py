@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_callable,
     check_count,
     check_finite,
     check_float,
     check_labels,
     check_number,
+    check_sequence,
     check_shapes,
+    check_size,
 )
 from pseudolabel._maps import gather_present, present_classes, scatter_present, working_dtype
 from pseudolabel.cam._network import EvalMode
@@ -140,6 +143,7 @@ def infer_response_map(
     sizes = check_shapes(image=(image, "B 3 H W"), labels=(labels, "B C"))
     check_float(image=image)
     check_labels(labels)
+    check_callable(cam_fn=cam_fn)
     check_scales(scales)
     _check_margins(margins)
     _check_settings(max_passes, erase_threshold, stop_fraction, min_response, eps, max_pixels)
@@ -262,12 +266,14 @@ def class_conditional_response(
     """
     sizes = check_shapes(labels=(labels, "B C"))
     check_labels(labels)
+    check_callable(cam_fn=cam_fn)
+    check_sequence(views=views)
     if not len(views):
         raise ValueError("views: expected at least one view, got none")
     for number, view in enumerate(views):
         check_shapes(labels=(labels, "B C"), **{f"views[{number}]": (view, "B 3 h w")})
         check_float(**{f"views[{number}]": view})
-    check_count(**{"size: height": size[0], "size: width": size[1]})
+    check_size(size=size)
     _check_settings(max_passes, erase_threshold, stop_fraction, min_response, eps, max_pixels)
     boxes = torch.tensor([0, 0, *size], device=labels.device).repeat(sizes["B"], 1, 1)
     response = views[0].new_zeros(*labels.shape, *size)

@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from pseudolabel._checks import (
     check_boxes,
+    check_callable,
     check_count,
     check_float,
     check_integer,
     check_labels,
     check_probability,
     check_shapes,
+    check_size,
     check_unit_range,
 )
 from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
@@ -143,6 +145,7 @@ def multi_crop_cam(  # noqa: PLR0917
     """
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
+    check_callable(cam_fn=cam_fn)
     check_count(batch_size=batch_size, **{"image: number of images": len(image)})
     size = (image.shape[2], image.shape[3])
     boxes = _boxes(size, scales, crop_size, stride, full_windows)
@@ -242,8 +245,8 @@ def crop_labels(
 def _boxes(
     size: tuple[int, int], scales: Sequence[float], crop_size: int, stride: int, full_windows: bool
 ) -> list[Box]:
-    height, width = size
-    check_count(**{"size: height": height, "size: width": width}, crop_size=crop_size, stride=stride)
+    check_size(size=size)
+    check_count(crop_size=crop_size, stride=stride)
     check_scales(scales)
     if full_windows and stride > crop_size:
         raise ValueError(f"stride: expected at most crop_size {crop_size} for full windows, got {stride}")

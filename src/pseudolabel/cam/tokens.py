@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_count, check_float, check_labels, check_number, check_shapes
+from pseudolabel._checks import check_count, check_float, check_labels, check_number, check_shapes, check_size
 from pseudolabel._maps import present_classes, scatter_present, working_dtype
 
 __all__ = ["TopKPool", "interpolate_position_embedding", "patch_token_cam", "tokens_to_map", "top_k_pool"]
@@ -179,6 +179,9 @@ def interpolate_position_embedding(
     batched = isinstance(embedding, Tensor) and embedding.dim() == 3
     check_shapes(embedding=(embedding, "1 N D" if batched else "N D"))
     check_float(embedding=embedding)
+    if embedding.shape[-1] == 0:
+        raise ValueError(f"embedding: expected at least one channel, got {tuple(embedding.shape)}")
+    check_size(old_grid=old_grid, new_grid=new_grid)
     old = find_grid("embedding", embedding.shape[-2], old_grid, None, num_prefix_tokens)
     new = _pair("new_grid", new_grid)
     if old == new:
@@ -376,6 +379,7 @@ def _feature_map(
     features: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None, num_prefix_tokens: int
 ) -> Tensor:
     if isinstance(features, Tensor) and features.dim() == 3:
+        check_shapes(features=(features, "B N D"))
         check_float(features=features)
         h, w = find_grid("features", features.shape[1], grid, size, num_prefix_tokens)
         return _as_map(features[:, num_prefix_tokens:].transpose(1, 2), (h, w))
@@ -405,6 +409,5 @@ def _check_pool(k: int | None, decay: float) -> None:
 
 
 def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:
-    if len(value) != 2 or any(isinstance(side, bool) or side < 1 for side in value):
-        raise ValueError(f"{name}: expected two integers (height, width) >= 1, got {value!r}")
-    return int(value[0]), int(value[1])
+    check_size(**{name: value})
+    return value[0], value[1]

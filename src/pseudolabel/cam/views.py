@@ -7,13 +7,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_choice, check_float, check_labels, check_number, check_shapes
+from pseudolabel._checks import (
+    check_callable,
+    check_choice,
+    check_float,
+    check_labels,
+    check_number,
+    check_sequence,
+    check_shapes,
+    check_size,
+)
 from pseudolabel._maps import gather_present, present_classes, resize, scatter_present, working_dtype
 from pseudolabel.cam.gradient_cam import GradCAM
 
 __all__ = ["FlipMerge", "check_scales", "make_views", "merge_views", "multi_scale_cam"]
 
 FlipMerge = Literal["sum", "max"]
+
+_MAX_SCALE = 64  # of both sides: an image of 500 x 500 pixels becomes one of 10^9
 
 
 def make_views(
@@ -82,6 +93,8 @@ def merge_views(
         >>> merge_views([plain, plain.flip(-1)], size=(1, 2))
         tensor([[[[0., 2.]]]])
     """
+    check_sequence(cams=cams)
+    check_size(size=size)
     step = 2 if flip else 1
     if not cams or len(cams) % step:
         wanted = "an even number of maps, plain and mirrored by turns" if flip else "at least one map"
@@ -154,6 +167,7 @@ def multi_scale_cam(
     """
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
+    check_callable(cam_fn=cam_fn)
     check_scales(scales)
     cams: list[Tensor] = []
     for scale in scales:
@@ -163,16 +177,20 @@ def multi_scale_cam(
         else:
             maps = cam_fn(views)
         check_shapes(**{"image": (views, "B 3 H W"), "cam_fn(image)": (maps, "B C h w")})
+        check_float(**{"cam_fn(image)": maps})
         cams += maps.chunk(2 if flip else 1)
     return merge_views(cams, (image.shape[2], image.shape[3]), labels, flip=flip, flip_merge=flip_merge)
 
 
 def check_scales(scales: Sequence[float]) -> None:
-    """Check that there are scales, all positive."""
+    """Check that there are scales, all positive, and none that no memory holds."""
+    check_sequence(scales=scales)
     if not len(scales):
         raise ValueError("scales: expected at least one scale, got none")
     for scale in scales:
         check_number("scales", scale, above=0)
+        if scale > _MAX_SCALE:
+            raise ValueError(f"scales: expected scales of at most {_MAX_SCALE}, got {scale!r}")
 
 
 def _rescale(image: Tensor, scale: float) -> Tensor:

@@ -87,6 +87,7 @@ def d2cam_logits(
         background_proxies=(background_proxies, "K D"),
     )
     check_float(features=features, class_proxies=class_proxies, background_proxies=background_proxies)
+    _check_proxies(background_proxies=background_proxies)
     check_number("scale", scale, above=0)
     z = _unit_features(features)
     w, u = (F.normalize(proxies.to(z.dtype), dim=1) for proxies in (class_proxies, background_proxies))
@@ -205,6 +206,7 @@ def d2cam_category_loss(
     )
     _check_labels_beside(pooled, labels)
     check_float(pooled=pooled, class_proxies=class_proxies)
+    _check_proxies(labels, class_proxies)
     _check_metric(scale, margin)
     pooled = pooled.to(working_dtype(pooled))
     w = F.normalize(class_proxies.to(pooled.dtype), dim=1)
@@ -264,6 +266,7 @@ def d2cam_foreground_background_loss(
     )
     _check_labels_beside(pooled, labels)
     check_float(pooled=pooled, class_proxies=class_proxies, background_proxies=background_proxies)
+    _check_proxies(labels, class_proxies, background_proxies)
     _check_metric(scale, margin)
     pooled = pooled.to(working_dtype(pooled))
     w, u = (F.normalize(proxies.to(pooled.dtype), dim=1) for proxies in (class_proxies, background_proxies))
@@ -427,6 +430,7 @@ def d2cam_triplet_loss(
     )
     check_float(features=features, posterior=posterior, class_proxies=class_proxies)
     _check_labels_beside(posterior, labels)
+    _check_proxies(labels, class_proxies)
     check_number("margin", margin, at_least=0)
     z = _unit_features(features)
     w = F.normalize(class_proxies.detach().to(z.dtype), dim=1)
@@ -688,6 +692,20 @@ def _check_labels_beside(scores: Tensor, labels: Tensor) -> None:
             f"labels: expected shape {expected} beside a background channel, got {tuple(labels.shape)}"
         )
     check_labels(labels)
+
+
+def _check_proxies(
+    labels: Tensor | None = None,
+    class_proxies: Tensor | None = None,
+    background_proxies: Tensor | None = None,
+) -> None:
+    if labels is not None and class_proxies is not None and len(class_proxies) != labels.shape[1]:
+        raise ValueError(
+            f"class_proxies: expected {labels.shape[1]}, one for each class of labels, "
+            f"got {len(class_proxies)}"
+        )
+    if background_proxies is not None and len(background_proxies) == 0:
+        raise ValueError("background_proxies: expected at least one, got none")
 
 
 def _check_metric(scale: float, margin: float) -> None:

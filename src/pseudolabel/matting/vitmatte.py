@@ -1,7 +1,6 @@
 """ViTMatte: a matting network that has been trained on alpha mattes, so with more than image-level labels."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +78,11 @@ def vitmatte_matting(image: Tensor, trimap: Tensor, model: nn.Module, *, batch_s
 
 def _alphas(model: nn.Module, network_input: Tensor) -> Tensor:
     """Mattes (N,1,H,W) that the network returns for its input, checked."""
-    alphas: Any = getattr(model(network_input), "alphas", None)
+    alphas: Tensor = getattr(model(network_input), "alphas", None)  # type: ignore[assignment]
     n, _, height, width = network_input.shape
     check_shapes(**{"model(image).alphas": (alphas, f"{n} 1 {height} {width}")})
     check_float(**{"model(image).alphas": alphas})
-    check_unit_range(**{"model(image).alphas": alphas})
+    check_unit_range(**{"model(image).alphas": alphas})  # type: ignore[arg-type]
     return alphas
 
 

@@ -5,7 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pseudolabel._checks import check_float, check_labels, check_shapes, check_unit_range
+from pseudolabel._checks import (
+    check_callable,
+    check_float,
+    check_labels,
+    check_shapes,
+    check_unit_range,
+)
 from pseudolabel._maps import gather_present, present_classes, resize, scatter_present
 from pseudolabel.masks import TrimapBuilder, alpha_to_mask
 from pseudolabel.matting import MattingRefiner
@@ -86,6 +92,7 @@ def matlabel(
             f"got {posterior.shape[1]}"
         )
     check_unit_range(posterior=posterior)
+    check_callable(trimap=trimap, matting=matting, **({} if refine is None else {"refine": refine}))
 
     index, valid = present_classes(labels)
     places = torch.cat([index.new_zeros(len(index), 1), index + 1], 1)
