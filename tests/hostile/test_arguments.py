@@ -297,8 +297,6 @@ EXCEPT = {
     r"metrics.\w+ confusion labels: half steps": "the mean of matrices is a matrix, too",
 }
 
-# Found, and left to whoever works there; strike off what is mended.
-
 
 class Call(NamedTuple):
     """A valid call of a public function."""
