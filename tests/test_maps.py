@@ -4,6 +4,8 @@ import torch
 
 from pseudolabel._maps import (
     gather_present,
+    label_places,
+    place_labels,
     present_classes,
     resize,
     scatter_present,
@@ -70,3 +72,10 @@ def test_stretched_mean(generator: torch.Generator) -> None:
     maps = torch.rand(2, 3, 4, 7, generator=generator, dtype=torch.float64)
     for size in ((4, 7), (16, 16), (3, 20), (1, 1)):
         torch.testing.assert_close(stretched_mean(maps, size), stretch(maps, size).mean((2, 3)))
+
+
+def test_places_become_labels() -> None:
+    index, _ = present_classes(torch.tensor([[0, 1, 1], [1, 0, 0]]))
+    assert place_labels(index)[0].tolist() == [0, 2, 3]
+    mask = torch.tensor([[[0, 1, 2]], [[1, 1, 0]]])
+    assert label_places(mask, index).tolist() == [[[0, 2, 3]], [[1, 1, 0]]]

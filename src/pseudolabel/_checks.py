@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "check_boxes",
     "check_callable",
+    "check_channels",
     "check_choice",
     "check_classes",
     "check_count",
@@ -214,6 +215,16 @@ def check_sequence(**values: object) -> None:
     for name, value in values.items():
         if isinstance(value, str | bytes | Mapping | Tensor) or not hasattr(value, "__len__"):
             raise TypeError(f"{name}: expected a list or tuple, got {_describe(value)}")
+
+
+def check_channels(num_classes: int, source: str, **scores: Tensor) -> None:
+    """Check that scores (B,1+C,...) have the background in front of the C classes of another argument."""
+    for name, value in scores.items():
+        if value.shape[1] != 1 + num_classes:
+            raise ValueError(
+                f"{name}: expected {1 + num_classes} channels, the background and the classes of {source}, "
+                f"got {value.shape[1]}"
+            )
 
 
 def check_callable(**values: object) -> None:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 __all__ = [
     "gather_present",
+    "label_places",
+    "place_labels",
     "present_classes",
     "resize",
     "scatter_present",
@@ -61,6 +63,16 @@ def present_classes(labels: Tensor) -> tuple[Tensor, Tensor]:
 def gather_present(maps: Tensor, index: Tensor) -> Tensor:
     """Pick the class channels ``index`` (B,P) of (B,C,h,w) maps: (B,P,h,w)."""
     return maps.gather(1, index[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+
+def place_labels(index: Tensor) -> Tensor:
+    """Labels (B,1+P) of the background and the places of `present_classes`: 0, then class c as c+1."""
+    return F.pad(index + 1, (1, 0))
+
+
+def label_places(mask: Tensor, index: Tensor) -> Tensor:
+    """Turn a mask (B,H,W) of places, 0 background and p+1 place p, into one of classes."""
+    return place_labels(index).gather(1, mask.flatten(1)).view_as(mask)
 
 
 def scatter_present(values: Tensor, index: Tensor, valid: Tensor, num_channels: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_channels,
     check_choice,
     check_float,
     check_probability,
@@ -99,11 +100,7 @@ def activation_aware_mask_loss(
         labels=(labels, "B C"),
     )
     check_float(logits=logits)
-    if logits.shape[1] != 1 + labels.shape[1]:
-        raise ValueError(
-            f"logits: expected {1 + labels.shape[1]} channels, the background and the classes of labels, "
-            f"got {logits.shape[1]}"
-        )
+    check_channels(labels.shape[1], "labels", logits=logits)
     check_choice("reduction", reduction, get_args(Reduction))
     if valid is not None:
         check_shapes(saliency=(saliency, "B H W"), valid=(valid, "B H W"))

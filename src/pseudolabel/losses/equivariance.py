@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_choice, check_float, check_number, check_shapes
+from pseudolabel._checks import check_channels, check_choice, check_float, check_number, check_shapes
 from pseudolabel._maps import working_dtype
 from pseudolabel.losses._present import zero_absent
 from pseudolabel.losses._reduction import Over, Reduction, reduce
@@ -116,11 +116,7 @@ def equivariant_cross_loss(
     """
     sizes = check_shapes(cam=(cam, "B C h w"), refined=(refined, "B 1+C h w"))
     check_float(cam=cam, refined=refined)
-    if refined.shape[1] != 1 + sizes["C"]:
-        raise ValueError(
-            f"refined: expected {1 + sizes['C']} channels, the background and the classes of cam, "
-            f"got {refined.shape[1]}"
-        )
+    check_channels(sizes["C"], "cam", refined=refined)
     check_number("keep_ratio", keep_ratio, above=0, at_most=1)
 
     cam = zero_absent(cam.detach().to(working_dtype(cam)), labels, "cam")

@@ -11,7 +11,7 @@ from pseudolabel._checks import (
     check_shapes,
     check_unit_range,
 )
-from pseudolabel._maps import gather_present, present_classes, working_dtype
+from pseudolabel._maps import gather_present, label_places, present_classes, working_dtype
 from pseudolabel.masks.thresholds import scores_to_mask
 
 __all__ = ["alpha_to_mask"]
@@ -85,7 +85,6 @@ def alpha_to_mask(
     if margin is not None:
         runner_up = parts.scatter(1, mask[:, None], -torch.inf).amax(1)
         ignored |= largest - runner_up < margin
-    if labels is not None:  # from places among the present classes back to classes
-        class_of_place = torch.cat([index.new_zeros(len(index), 1), index + 1], dim=1)
-        mask = class_of_place.gather(1, mask.flatten(1)).view_as(mask)
+    if labels is not None:
+        mask = label_places(mask, index)
     return mask.masked_fill(ignored, ignore_index)

@@ -13,7 +13,7 @@ from pseudolabel._checks import (
     check_shapes,
     check_unit_range,
 )
-from pseudolabel._maps import gather_present, present_classes, resize, working_dtype
+from pseudolabel._maps import gather_present, label_places, present_classes, resize, working_dtype
 from pseudolabel.masks.thresholds import _check_ignore_index
 
 __all__ = ["icd_seed"]
@@ -119,8 +119,7 @@ def icd_seed(
     alike = ((support.amax(1, keepdim=True) - support[:, 1:] <= eps) | ~present).all(1)
     labelled, several = ((valid.sum(1) > count)[:, None, None] for count in (0, 1))
 
-    class_of_place = F.pad(index + 1, (1, 0))
-    mask = class_of_place.gather(1, place.flatten(1)).view_as(place).masked_fill(background, 0)
+    mask = label_places(place, index).masked_fill(background, 0)
     ignored = (foreground == background) | (several & foreground & alike)
     return mask.masked_fill(ignored, ignore_index).where(labelled, 0)
 

@@ -16,7 +16,7 @@ from pseudolabel._checks import (
     check_shapes,
     check_unit_range,
 )
-from pseudolabel._maps import gather_present, present_classes, resize, working_dtype
+from pseudolabel._maps import gather_present, label_places, present_classes, resize, working_dtype
 from pseudolabel.refine import CRF_PRESETS, DenseCRF, coefficient_of_variation_smoothing
 
 __all__ = [
@@ -191,9 +191,7 @@ def proportional_pseudo_mask(
     foreground = class_foreground(image, smoothed, alpha=alpha, crf=crf, cut=cut)
     shared = raw if share_of == "raw" else smoothed
     mask = proportional_argmax(shared, foreground, offset=offset, share_over=share_over)
-    # From places among the present classes back to classes.
-    class_of_place = torch.cat([index.new_zeros(len(index), 1), index + 1], dim=1)
-    return class_of_place.gather(1, mask.flatten(1)).view_as(mask)
+    return label_places(mask, index)
 
 
 class ProportionalPseudoMask(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pseudolabel._checks import check_float, check_shapes, check_size
+from pseudolabel._checks import check_channels, check_float, check_shapes, check_size
 from pseudolabel._maps import stretch, stretched_mean, working_dtype
 
 __all__ = ["fuse_segmentation_and_class"]
@@ -43,11 +43,7 @@ def fuse_segmentation_and_class(logits: Tensor, cam: Tensor, size: tuple[int, in
     """
     check_shapes(logits=(logits, "B 1+C h w"), cam=(cam, "B C h' w'"))
     check_float(logits=logits, cam=cam)
-    if logits.shape[1] != 1 + cam.shape[1]:
-        raise ValueError(
-            f"logits: expected {1 + cam.shape[1]} channels, the background and the classes of cam, "
-            f"got {logits.shape[1]}"
-        )
+    check_channels(cam.shape[1], "cam", logits=logits)
     check_size(size=size)
     probs = stretch(logits.to(working_dtype(logits)), size).softmax(1)[:, 1:]
     gate = stretched_mean(cam.to(working_dtype(cam)), size).sigmoid()

@@ -18,7 +18,7 @@ from pseudolabel._checks import (
     check_probability,
     check_shapes,
 )
-from pseudolabel._maps import gather_present, present_classes, resize, working_dtype
+from pseudolabel._maps import gather_present, label_places, present_classes, resize, working_dtype
 from pseudolabel.masks.background import constant_background
 
 __all__ = ["DualThresholdMask", "dual_threshold_mask", "scores_to_mask"]
@@ -146,7 +146,6 @@ def dual_threshold_mask(
         check_labels(labels)
         index, valid = present_classes(labels)
         cam = gather_present(cam, index).masked_fill(~valid[:, :, None, None], 0)
-        class_of_channel = F.pad(index + 1, (1, 0))
         unused = F.pad(~valid, (1, 0), value=False)[:, :, None, None]
     cam = resize(cam, small)
     image = None if image is None else resize(image, small)
@@ -158,7 +157,7 @@ def dual_threshold_mask(
         if refine is not None and image is not None:
             scores = refine(image, scores)
         mask = scores_to_mask(_drop(resize(scores, size), unused))
-        return mask if labels is None else class_of_channel.gather(1, mask.flatten(1)).view_as(mask)
+        return mask if labels is None else label_places(mask, index)
 
     strict, loose = label(high), label(low)
     mask = torch.where((strict == 0) & (loose > 0), ignore_index, strict)

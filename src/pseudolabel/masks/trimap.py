@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_channels,
     check_choice,
     check_classes,
     check_count,
@@ -132,11 +133,8 @@ def trimap_from_cam(
     check_choice("kind", kind, get_args(TrimapKind))
     posterior = kind == "posterior"
     check_shapes(cam=(cam, "B 1+C h w" if posterior else "B C h w"), labels=(labels, "B C"))
-    if posterior and cam.shape[1] != 1 + labels.shape[1]:
-        raise ValueError(
-            f"cam: expected {1 + labels.shape[1]} channels, the background and the classes of labels, "
-            f"got {cam.shape[1]}"
-        )
+    if posterior:
+        check_channels(labels.shape[1], "labels", cam=cam)
     check_float(cam=cam)
     check_labels(labels)
     _check_settings(

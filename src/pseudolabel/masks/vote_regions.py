@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_channels,
     check_choice,
     check_classes,
     check_count,
@@ -342,11 +343,7 @@ class _Votes:
         if labels is not None:
             check_shapes(scores=(scores, "B 1+C H W"), labels=(labels, "B C"))
             check_labels(labels)
-            if scores.shape[1] != 1 + labels.shape[1]:
-                raise ValueError(
-                    f"scores: expected {1 + labels.shape[1]} channels, the background and the classes of "
-                    f"labels, got {scores.shape[1]}"
-                )
+            check_channels(labels.shape[1], "labels", scores=scores)
             channels, valid = present_classes(F.pad(labels != 0, (1, 0), value=True))
             unused = ~valid[:, :, None, None]
             scores = gather_present(scores, channels).masked_fill(unused, 0)

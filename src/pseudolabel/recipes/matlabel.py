@@ -7,12 +7,13 @@ from torch import Tensor
 
 from pseudolabel._checks import (
     check_callable,
+    check_channels,
     check_float,
     check_labels,
     check_shapes,
     check_unit_range,
 )
-from pseudolabel._maps import gather_present, present_classes, resize, scatter_present
+from pseudolabel._maps import gather_present, place_labels, present_classes, resize, scatter_present
 from pseudolabel.masks import TrimapBuilder, alpha_to_mask
 from pseudolabel.matting import MattingRefiner
 from pseudolabel.refine import CRF_PRESETS, DenseCRF
@@ -86,17 +87,12 @@ def matlabel(
     check_shapes(image=(image, "B 3 H W"), posterior=(posterior, "B N h w"))
     check_float(image=image, posterior=posterior)
     check_labels(labels)
-    if posterior.shape[1] != 1 + sizes["C"]:
-        raise ValueError(
-            f"posterior: expected {1 + sizes['C']} channels, the background and the classes of labels, "
-            f"got {posterior.shape[1]}"
-        )
+    check_channels(sizes["C"], "labels", posterior=posterior)
     check_unit_range(posterior=posterior)
     check_callable(trimap=trimap, matting=matting, **({} if refine is None else {"refine": refine}))
 
     index, valid = present_classes(labels)
-    places = torch.cat([index.new_zeros(len(index), 1), index + 1], 1)
-    scores = resize(gather_present(posterior, places), (sizes["H"], sizes["W"]))
+    scores = resize(gather_present(posterior, place_labels(index)), (sizes["H"], sizes["W"]))
     if refine is not None:
         scores = refine(image, scores)
     foreground = scatter_present(scores[:, 1:], index, valid, sizes["C"]).clamp(0, 1)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pseudolabel._checks import check_callable, check_float, check_number, check_probability, check_shapes
+from pseudolabel._checks import (
+    check_callable,
+    check_channels,
+    check_float,
+    check_number,
+    check_probability,
+    check_shapes,
+)
 from pseudolabel._maps import (
     gather_present,
     present_classes,
@@ -293,8 +300,4 @@ def _check_view(name: str, view: ViewOutput, labels: Tensor) -> None:
     check_shapes(**{f"{name}.cam": (view.cam, "B C h w"), "labels": (labels, "B C")})
     check_shapes(**{f"{name}.cam": (view.cam, "B C h w"), f"{name}.refined": (view.refined, "B 1+C h w")})
     check_float(**{f"{name}.cam": view.cam, f"{name}.refined": view.refined})
-    if view.refined.shape[1] != 1 + view.cam.shape[1]:
-        raise ValueError(
-            f"{name}.refined: expected {1 + view.cam.shape[1]} channels, the background and the classes of "
-            f"{name}.cam, got {view.refined.shape[1]}"
-        )
+    check_channels(view.cam.shape[1], f"{name}.cam", **{f"{name}.refined": view.refined})

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import (
+    check_channels,
     check_count,
     check_finite,
     check_float,
@@ -218,11 +219,7 @@ def random_walk(
     if labels is not None:
         check_shapes(scores=(scores, "B 1+C h w"), labels=(labels, "B C"))
         check_labels(labels)
-        if scores.shape[1] != 1 + labels.shape[1]:
-            raise ValueError(
-                f"scores: expected {1 + labels.shape[1]} channels, the background and the classes of labels, "
-                f"got {scores.shape[1]}"
-            )
+        check_channels(labels.shape[1], "labels", scores=scores)
         index, valid = present_classes(F.pad(labels != 0, (1, 0), value=True))
         maps = gather_present(scores, index)
     else:
