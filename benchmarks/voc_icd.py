@@ -260,8 +260,46 @@ def crf_ways() -> dict[str, MaskRule]:
     return {f"seeds + CRF `{name}`": partial(seeds, crf=DenseCRF(**CRF_PRESETS[name])) for name in CRFS}
 
 
-class Scores:
-    """Rows of figures, one figure for each trained model."""
+class Rows:
+    """Rows of figures of some photos, one figure for each trained model."""
+
+    def __init__(self, photos: Sequence[animals.Photo]) -> None:
+        self.photos = photos
+        self.num_classes = 1 + photos[0].labels.shape[1]
+        self.rows: dict[str, dict[str, list[float]]] = {}
+
+    def count(self, mask: Tensor, photo: animals.Photo) -> animals.Score:
+        confusion = pl.metrics.confusion_matrix(mask, photo.truth, self.num_classes)
+        boundary = pl.metrics.boundary_counts(
+            mask, photo.truth, self.num_classes, radius=animals.BOUNDARY_RADIUS
+        )
+        return animals.Score(confusion, boundary, 0.0)
+
+    def add_counts(self, name: str, counts: Sequence[animals.Score]) -> None:
+        """A model's row from what was counted on each photo."""
+        parts: dict[bool, list[animals.Score]] = {False: [], True: []}
+        for photo, score in zip(self.photos, counts, strict=True):
+            parts[bool(photo.labels.sum() > 1)].append(score)
+        one, several = (animals.total(part).miou if part else math.nan for part in parts.values())
+        every = animals.total(counts)
+        figures = (every.miou, one, several, float(every.iou[0]), every.boundary_f)
+        self.add_figures(name, dict(zip(FIGURES, figures, strict=True)) | {"iou": every.iou.tolist()})
+
+    def add_figures(self, name: str, figures: dict) -> None:
+        row = self.rows.setdefault(name, {figure: [] for figure in (*FIGURES, "iou")})
+        for figure, values in row.items():
+            values.append(math.nan if figures[figure] is None else figures[figure])
+        print(name, *(f"{row[figure][-1]:.3f}" for figure in FIGURES), file=sys.stderr)
+
+    def table(self) -> Iterator[str]:
+        yield "| way | mIoU | one class | several | background | boundary F |"
+        yield "|---|---|---|---|---|---|"
+        for name, row in self.rows.items():
+            yield "| " + " | ".join([name, *(spread(row[figure]) for figure in FIGURES)]) + " |"
+
+
+class Scores(Rows):
+    """Rows of models that make maps of examples."""
 
     def __init__(
         self,
@@ -269,22 +307,20 @@ class Scores:
         workers: animals.Workers,
         maps_of: Callable[[Model, Example], Maps],
     ) -> None:
+        super().__init__([example.photo for example in scored])
         self.scored, self.workers, self.maps_of = scored, workers, maps_of
-        self.num_classes = 1 + scored[0].photo.labels.shape[1]
-        self.rows: dict[str, dict[str, list[float]]] = {}
 
     def add_cam(self, name: str, models: Sequence[Model]) -> None:
         """The CAMs of each model, with a threshold from the other half."""
-        photos = [example.photo for example in self.scored]
-        halves = photos[0::2], photos[1::2]
+        halves = self.photos[0::2], self.photos[1::2]
         plain = next(way for way in animals.ways() if way.name == "CAM")
         for model in models:
             self.workers.map("CAM", partial(self._keep_cam, model), self.scored)
             scorer = animals.Scorer(self.workers, self.num_classes)
             row = animals.score_way(scorer, plain, [halves, halves[::-1]])
-            self._add(f"{name}, threshold of the other half", row)
+            self.add_figures(f"{name}, threshold of the other half", row)
             print("chosen:", *row["chosen"], file=sys.stderr)
-            for photo in photos:
+            for photo in self.photos:
                 photo.maps = None
 
     def _keep_cam(self, model: Model, example: Example) -> None:
@@ -300,39 +336,37 @@ class Scores:
             rules = ways if number else ways | slow
             found = self.workers.map(f"masks, {name}", partial(self._count, model, rules), self.scored)
             for way in rules:
-                self._add(f"{name}: {way}", self._figures([counts[way] for counts in found]))
+                self.add_counts(f"{name}: {way}", [counts[way] for counts in found])
 
     def _count(self, model: Model, rules: dict[str, MaskRule], example: Example) -> dict[str, animals.Score]:
-        maps, truth, counts = self.maps_of(model, example), example.photo.truth, {}
-        for way, rule in rules.items():
-            mask = rule(example.photo, maps)
-            confusion = pl.metrics.confusion_matrix(mask, truth, self.num_classes)
-            boundary = pl.metrics.boundary_counts(
-                mask, truth, self.num_classes, radius=animals.BOUNDARY_RADIUS
-            )
-            counts[way] = animals.Score(confusion, boundary, 0.0)
-        return counts
+        maps = self.maps_of(model, example)
+        return {way: self.count(rule(example.photo, maps), example.photo) for way, rule in rules.items()}
 
-    def _figures(self, counts: Sequence[animals.Score]) -> dict[str, float]:
-        parts: dict[bool, list[animals.Score]] = {False: [], True: []}
-        for example, score in zip(self.scored, counts, strict=True):
-            parts[bool(example.photo.labels.sum() > 1)].append(score)
-        one, several = (animals.total(part).miou if part else math.nan for part in parts.values())
-        every = animals.total(counts)
-        figures = (every.miou, one, several, float(every.iou[0]), every.boundary_f)
-        return dict(zip(FIGURES, figures, strict=True)) | {"iou": every.iou.tolist()}
 
-    def _add(self, name: str, figures: dict) -> None:
-        row = self.rows.setdefault(name, {figure: [] for figure in (*FIGURES, "iou")})
-        for figure, values in row.items():
-            values.append(math.nan if figures[figure] is None else figures[figure])
-        print(name, *(f"{row[figure][-1]:.3f}" for figure in FIGURES), file=sys.stderr)
+def report(
+    options: argparse.Namespace, classes: Sequence[str], rows: Rows, *, start: float, said: str
+) -> None:
+    """Print what was done, time and table, and write the figures where asked."""
+    print(
+        f"\n{said}; mean ± standard deviation over {options.seeds} seeds\n"
+        f"{options.workers} threads, {time.perf_counter() - start:.0f} s, "
+        f"{time.process_time() / 60:.0f} minutes of CPU in all\n"
+    )
+    print("\n".join(rows.table()))
+    if options.json:
+        figures = {"classes": ["background", *classes], "rows": rows.rows}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
-    def table(self) -> Iterator[str]:
-        yield "| way | mIoU | one class | several | background | boundary F |"
-        yield "|---|---|---|---|---|---|"
-        for name, row in self.rows.items():
-            yield "| " + " | ".join([name, *(spread(row[figure]) for figure in FIGURES)]) + " |"
+
+def report_tuned(
+    options: argparse.Namespace, classes: Sequence[str], scores: Scores, *, start: float, photos: int
+) -> None:
+    """The same for heads beside a frozen and a tuned network."""
+    said = (
+        f"{photos} photos to train on, {len(scores.photos)} scored; maps masked by the true image labels\n"
+        f"{options.epochs} epochs frozen, {options.tune_epochs} tuned"
+    )
+    report(options, classes, scores, start=start, said=said)
 
 
 def main() -> None:
@@ -354,32 +388,31 @@ def main() -> None:
         workers.map(f"train, {name}", learn, seeds)
         scores.add_cam(f"{name}: CAM", models[: 1 if base is None else None])
         scores.add(name, models, zero_ways(), crf_ways() if base is None else {})
-    print(
-        f"\n{len(photos)} photos to train on, {len(scored)} scored; maps masked by the true image labels\n"
-        f"{options.epochs} epochs frozen, {options.tune_epochs} tuned; "
-        f"mean ± standard deviation over {options.seeds} seeds\n"
-        f"{options.workers} threads, {time.perf_counter() - start:.0f} s, "
-        f"{time.process_time() / 60:.0f} minutes of CPU in all\n"
-    )
-    print("\n".join(scores.table()))
-    if options.json:
-        options.json.write_text(
-            json.dumps({"classes": ["background", *classes], "rows": scores.rows}, indent=1)
-        )
+    report_tuned(options, classes, scores, start=start, photos=len(photos))
 
 
 def arguments(description: str | None = __doc__) -> argparse.Namespace:
+    parser = common_arguments(description)
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind")
+    parser.add_argument("--epochs", type=int, default=4, help="of the head beside the frozen network")
+    parser.add_argument("--tune-epochs", type=int, default=2, help="with the last blocks; 0 leaves them out")
+    return parse(parser)
+
+
+def common_arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     data = Path(os.environ.get("PSEUDOLABEL_DATA", animals.SHARED)) / "voc-animals"
     parser.add_argument("--data", type=Path, default=data, help="folder of the photos")
-    parser.add_argument("--seeds", type=int, default=3, help="models of each kind")
-    parser.add_argument("--epochs", type=int, default=4, help="of the head beside the frozen network")
-    parser.add_argument("--tune-epochs", type=int, default=2, help="with the last blocks; 0 leaves them out")
     parser.add_argument("--limit", type=int, help="photos of each folder, for a quick look")
     parser.add_argument("--workers", type=int, default=2, help="threads")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Options, once all that they name is there."""
     options = parser.parse_args()
     options.weights = Path(os.environ.get("PSEUDOLABEL_WEIGHTS", animals.SHARED / "weights"))
     for path in (

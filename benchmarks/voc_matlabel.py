@@ -14,7 +14,6 @@ The backbone is frozen, or its last blocks learn as well ("tuned"). Masks are ne
 weights are found as in `voc_animals.py`.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -232,18 +231,7 @@ def main() -> None:
         models = learn("tuned", options.tune_epochs, tail)
         scores.add_cam("tuned: CAM", models)
         scores.add("tuned, whole", models, fast_ways(), {})
-    print(
-        f"\n{len(photos)} photos to train on, {len(scored)} scored; maps masked by the true image labels\n"
-        f"{options.epochs} epochs frozen, {options.tune_epochs} tuned; "
-        f"mean ± standard deviation over {options.seeds} seeds\n"
-        f"{options.workers} threads, {time.perf_counter() - start:.0f} s, "
-        f"{time.process_time() / 60:.0f} minutes of CPU in all\n"
-    )
-    print("\n".join(scores.table()))
-    if options.json:
-        options.json.write_text(
-            json.dumps({"classes": ["background", *classes], "rows": scores.rows}, indent=1)
-        )
+    icd.report_tuned(options, classes, scores, start=start, photos=len(photos))
 
 
 if __name__ == "__main__":

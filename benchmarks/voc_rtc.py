@@ -16,21 +16,18 @@ learnt from. Data and weights are found as in `voc_animals.py`.
 
 import argparse
 import copy
-import json
-import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import voc_animals as animals
+import voc_icd as icd
 from torch import Tensor, nn
 from torch.nn import functional as F
-from voc_segmenter import Decoder, spread
+from voc_segmenter import Decoder
 
 import pseudolabel as pl
 from pseudolabel.heads import Compensator, CrossRepresentationRefinement
@@ -46,7 +43,6 @@ SIZES = {"shallow_reduce": (32,), "deep_reduce": (64, 64), "shallow_embed": 64, 
 BATCH = 8
 LR, NEW_LR = 3e-4, 5e-3  # of what was learnt before, and of what starts anew
 BACKGROUND = 0.17  # score of the background beside those of the segmentation branch, as published
-FIGURES = ("miou", "miou_one", "miou_several", "background", "boundary_f")
 KINDS = ("CAM", "refined maps", "segmentation")
 SEAM = ("classification", "min_pooling", "equivariance", "equivariant_cross")
 CTR = ("intra_view", "cross_label", "cross_prototype")
@@ -266,13 +262,12 @@ def segmented(
     return found[pl.masks.scores_to_mask(crf(photo.image, pl.refine.probs_from_mask(few, len(found))))]
 
 
-class Scores:
-    """Rows of figures, one figure for each trained network."""
+class Scores(icd.Rows):
+    """Rows of networks."""
 
     def __init__(self, scored: Sequence[Example], workers: animals.Workers, device: str) -> None:
+        super().__init__([example.photo for example in scored])
         self.scored, self.workers, self.device = scored, workers, device
-        self.num_classes = 1 + scored[0].photo.labels.shape[1]
-        self.rows: dict[str, dict[str, list[float]]] = {}
 
     def add(self, name: str, network: Network, kinds: Sequence[str] = KINDS) -> Callable[[], None]:
         """The maps of a network, each cut at a threshold; what is returned adds further rows."""
@@ -289,15 +284,14 @@ class Scores:
 
     def _add_chosen(self, name: str, maps: Sequence[Tensor]) -> list[float]:
         """With a threshold from the other half: of the photos at even places, and of those at odd ones."""
-        photos = [example.photo for example in self.scored]
-        for photo, value in zip(photos, maps, strict=True):
+        for photo, value in zip(self.photos, maps, strict=True):
             photo.maps = F.interpolate(value[:, photo.labels[0]], size=photo.truth.shape[1:], mode="bilinear")
-        halves = photos[0::2], photos[1::2]
+        halves = self.photos[0::2], self.photos[1::2]
         plain = next(way for way in animals.ways() if way.name == "CAM")
         row = animals.score_way(animals.Scorer(self.workers, self.num_classes), plain, [halves[::-1], halves])
-        for photo in photos:
+        for photo in self.photos:
             photo.maps = None
-        self._add(name, row)
+        self.add_figures(name, row)
         print("chosen:", *row["chosen"], file=sys.stderr)
         return row["chosen"]
 
@@ -305,34 +299,10 @@ class Scores:
         self, name: str, scores: Sequence[Tensor], thresholds: Sequence[float], **settings: object
     ) -> None:
         def count(number: int) -> animals.Score:
-            photo = self.scored[number].photo
-            mask = segmented(photo, scores[number], thresholds[number % 2], **settings)
-            confusion = pl.metrics.confusion_matrix(mask, photo.truth, self.num_classes)
-            boundary = pl.metrics.boundary_counts(
-                mask, photo.truth, self.num_classes, radius=animals.BOUNDARY_RADIUS
-            )
-            return animals.Score(confusion, boundary, 0.0)
+            photo = self.photos[number]
+            return self.count(segmented(photo, scores[number], thresholds[number % 2], **settings), photo)
 
-        counts = self.workers.map(name, count, range(len(scores)))
-        parts: dict[bool, list[animals.Score]] = {False: [], True: []}
-        for example, score in zip(self.scored, counts, strict=True):
-            parts[bool(example.photo.labels.sum() > 1)].append(score)
-        one, several = (animals.total(part).miou if part else math.nan for part in parts.values())
-        every = animals.total(counts)
-        figures = (every.miou, one, several, float(every.iou[0]), every.boundary_f)
-        self._add(name, dict(zip(FIGURES, figures, strict=True)) | {"iou": every.iou.tolist()})
-
-    def _add(self, name: str, figures: dict) -> None:
-        row = self.rows.setdefault(name, {figure: [] for figure in (*FIGURES, "iou")})
-        for figure, values in row.items():
-            values.append(math.nan if figures[figure] is None else figures[figure])
-        print(name, *(f"{row[figure][-1]:.3f}" for figure in FIGURES), file=sys.stderr)
-
-    def table(self) -> Iterator[str]:
-        yield "| way | mIoU | one class | several | background | boundary F |"
-        yield "|---|---|---|---|---|---|"
-        for name, row in self.rows.items():
-            yield "| " + " | ".join([name, *(spread(row[figure]) for figure in FIGURES)]) + " |"
+        self.add_counts(name, self.workers.map(name, count, range(len(scores))))
 
 
 # ---------------------------------------------------------------------------------------------------- table
@@ -374,46 +344,22 @@ def main() -> None:
             full = further
     for add_rows in full:
         add_rows()
-    print(
-        f"\n{len(photos)} photos to train on, {len(scored)} scored\n"
-        f"{options.epochs} epochs, the segmentation branch from epoch {options.seg_start} on; "
-        f"mean ± standard deviation over {options.seeds} seeds\n"
-        f"{options.workers} threads, {time.perf_counter() - start:.0f} s, "
-        f"{time.process_time() / 60:.0f} minutes of CPU in all\n"
+    said = (
+        f"{len(photos)} photos to train on, {len(scored)} scored\n"
+        f"{options.epochs} epochs, the segmentation branch from epoch {options.seg_start} on"
     )
-    print("\n".join(scores.table()))
-    if options.json:
-        options.json.write_text(
-            json.dumps({"classes": ["background", *classes], "rows": scores.rows}, indent=1) + "\n"
-        )
+    icd.report(options, classes, scores, start=start, said=said)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    data = Path(os.environ.get("PSEUDOLABEL_DATA", animals.SHARED)) / "voc-animals"
-    parser.add_argument("--data", type=Path, default=data, help="folder of the photos")
+    parser = icd.common_arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="networks of the last rows")
     parser.add_argument("--epochs", type=int, default=2, help="of training")
     parser.add_argument(
         "--seg-start", type=int, default=1, help="first epoch of the segmentation branch, from 0"
     )
     parser.add_argument("--device", default="cpu", help="to train on; features and scores stay on the CPU")
-    parser.add_argument("--limit", type=int, help="photos of each folder, for a quick look")
-    parser.add_argument("--workers", type=int, default=2, help="threads")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
-    options.weights = Path(os.environ.get("PSEUDOLABEL_WEIGHTS", animals.SHARED / "weights"))
-    for path in (
-        options.data / "classes.txt",
-        options.data / "masks",
-        options.data / "extra",
-        options.weights / "net.py",
-    ):
-        if not path.exists():
-            sys.exit(f"{path} is missing: name the data by PSEUDOLABEL_DATA and PSEUDOLABEL_WEIGHTS")
-    return options
+    return icd.parse(parser)
 
 
 if __name__ == "__main__":
