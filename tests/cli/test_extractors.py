@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from pseudolabel.cam import CAM, GradCAM, interpolate_position_embedding, multi_scale_cam, tokens_to_map
 from pseudolabel.cli._console import UserError
-from pseudolabel.cli._extractors import find_way, present_maps_of
+from pseudolabel.cli._extractors import find_way, maps_of
 from pseudolabel.cli._models import Classifier
 
 
@@ -78,8 +78,8 @@ def _seed():
 
 
 def lens(model: nn.Module, way, places=(0, 1, 2, 3), copies: int = 1):
-    look = present_maps_of(model, way, places, copies)
-    return lambda image, present: look(torch.tensor(present), lambda cam: cam(image))
+    look = maps_of(model, way, places, copies)
+    return lambda image, present: look(torch.tensor([present]), lambda cam: cam(image))
 
 
 def test_cam_where_the_mean_of_a_map_is_the_logit():
@@ -203,18 +203,18 @@ def test_places_and_copies():
     """Classes of the labels are those at their places; a copy shares weights, and has hooks of its own."""
     model = Conv().eval()
     way = find_way(Classifier(model))
-    look = present_maps_of(model, way, (3, 0), 2)
+    look = maps_of(model, way, (3, 0), 2)
     image = torch.rand(1, 3, 16, 24)
     with torch.no_grad():
         wanted = CAM(model)(image)
 
         def both(cam):
-            return torch.cat([cam(image), look(torch.tensor([1]), lambda inner: inner(image))], 1)
+            return torch.cat([cam(image), look(torch.tensor([[1]]), lambda inner: inner(image))], 1)
 
-        assert torch.equal(look(torch.tensor([0, 1]), both), wanted[:, [3, 0, 0]])
+        assert torch.equal(look(torch.tensor([[0, 1]]), both), wanted[:, [3, 0, 0]])
         with torch.no_grad():
             model.head.weight.zero_()
-        assert not look(torch.tensor([0, 1]), both).any()
+        assert not look(torch.tensor([[0, 1]]), both).any()
 
 
 def test_no_class_count_is_guessed():
@@ -222,8 +222,8 @@ def test_no_class_count_is_guessed():
     model = Conv(norm=True).eval()
     way = find_way(Classifier(model))
     image = torch.rand(1, 3, 16, 24)
-    look = present_maps_of(model, way, (0, 1, 2, 3), 1)
-    maps = look(torch.tensor([2]), lambda cam: multi_scale_cam(cam, image, None, (1.0, 2.0)))
+    look = maps_of(model, way, (0, 1, 2, 3), 1)
+    maps = look(torch.tensor([[2]]), lambda cam: multi_scale_cam(cam, image, None, (1.0, 2.0)))
     with GradCAM(model) as cam:
         labels = torch.tensor([[0, 0, 1, 0]])
         wanted = multi_scale_cam(lambda x: cam(x, labels.expand(len(x), -1)), image, labels, (1.0, 2.0))

@@ -48,6 +48,12 @@ def test_archives_are_read_by_numpy(tmp_path):
     assert content["version"] == 1
 
 
+def test_maps_of_the_present_classes_alone_give_the_same_file(tmp_path):
+    write_cam(tmp_path / "all.npz", CAM, LABELS, size=(8, 10))
+    write_cam(tmp_path / "present.npz", CAM[[0, 2]], LABELS, size=(8, 10))
+    assert (tmp_path / "present.npz").read_bytes() == (tmp_path / "all.npz").read_bytes()
+
+
 @given(
     num_classes=st.integers(1, 6),
     size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -104,8 +110,9 @@ def test_same_maps_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("cam", "labels", "settings", "message"),
     [
-        (CAM[None], LABELS, {}, r"cam: expected shape \(C, h, w\), got \(1, 3, 4, 5\)"),
-        (CAM, torch.ones(2), {}, r"labels: expected shape \(C\) with C=3 from cam, got \(2,\)"),
+        (CAM[None], LABELS, {}, r"cam: expected shape \(K, h, w\), got \(1, 3, 4, 5\)"),
+        (CAM, torch.ones(2), {}, "cam: expected the maps of all 2 classes, or of the 2 present ones, got 3"),
+        (CAM[:1], LABELS, {}, "cam: expected the maps of all 3 classes, or of the 2 present ones, got 1"),
         (CAM.int(), LABELS, {}, "cam: expected a floating-point tensor"),
         (CAM, LABELS * 2, {}, "labels: expected a multi-hot tensor"),
         (CAM * torch.nan, LABELS, {}, "cams: expected finite values"),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TypeAlias
 
+from pseudolabel.cli._text import one_line
+
 __all__ = ["main"]
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - has no other name
@@ -43,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return one_line(str(error)) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,9 +186,34 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         "--workers",
         "--num-threads",
         type=_count,
-        default=2,
         metavar="N",
-        help="photos in work at a time, each on a thread of its own (default: 2)",
+        help="batches in work at a time, each on a thread of its own, or with --engine ray in a process "
+        "(default: the cores of the machine, 8 at most; 2 with another device)",
+    )
+    add(
+        "--batch-size",
+        type=_count,
+        metavar="N",
+        help="photos of one size that go through the network together (default: 1 on a cpu, else 8)",
+    )
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="make the I-th of N parts, I from 1: for several runs into one --out, on one machine or many",
+    )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: threads of this process; ray: processes of a Ray cluster, RAY_ADDRESS or this machine",
+    )
+    add(
+        "--gpus",
+        type=float,
+        default=0,
+        metavar="F",
+        help="with --engine ray, the share of a GPU that a worker takes, such as 0.25 (default: 0)",
     )
     add("--save-cams", metavar="DIR", help="keep the maps as well, scaled to [0, 1], as NAME.npz")
     add("--overwrite", action="store_true", help="make all masks anew")
@@ -342,3 +369,10 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a number >= 1, got {number}")
     return number
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"expected I/N with 1 <= I <= N, such as 3/8, got {text!r}")
+    return int(part), int(parts)

@@ -1,15 +1,17 @@
 """What the commands share: messages, progress bars, threads, and small files of text."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from pseudolabel.cli._text import one_line
 from pseudolabel.io import read_list
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UserError",
+    "as_done",
     "find_masks",
     "in_threads",
     "progress",
@@ -45,7 +48,7 @@ def stderr() -> "Console":
 
 def report(message: str) -> None:
     """Print one line to stderr, above a progress bar where one runs."""
-    stderr().print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+    stderr().print(one_line(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def report_names(names: Sequence[str], what: str) -> None:
@@ -57,20 +60,29 @@ def report_names(names: Sequence[str], what: str) -> None:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar inside the block; calling what it gives means one step done."""
+    """Show a progress bar inside the block, with rate and time left; calling what it gives is a step."""
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text  # noqa: PLC0415
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            rate = task.finished_speed or task.speed
+            return Text("" if rate is None else f"{rate:.3g}/s")
 
     columns = (
         TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -79,27 +91,47 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def in_threads(
-    work: Callable[[Item], Result], items: Sequence[Item], *, workers: int, description: str
-) -> list[Result]:
-    """Results of `work` in the order of the items, several at a time, under a progress bar.
+def as_done(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+    """Results of `work`, several items at a time, in the order in which they end.
 
-    Each worker computes with one torch thread: images side by side use the cores better than the small
-    regions of one image do. The first exception stops the rest and is raised. The caller's thread setting is
-    put back.
+    Items are taken as they are needed. Each worker computes with one torch thread: images side by side use
+    the cores better than the small regions of one image do. The first exception stops the rest and is raised.
+    The caller's thread setting is put back.
     """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    running: set[Future[Result]] = set()
     try:
-        futures = [pool.submit(work, item) for item in items]
-        with progress(description, len(futures)) as step:
-            for future in as_completed(futures):
-                future.result()
-                step()
-        return [future.result() for future in futures]
+        items = iter(items)
+        while True:
+            waiting = islice(
+                items, 2 * workers - len(running)
+            )  # as many again, so that nobody waits for work
+            running |= {pool.submit(work, item) for item in waiting}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], *, workers: int, description: str
+) -> list[Result]:
+    """Results of `work` in the order of the items, several at a time (`as_done`), under a progress bar."""
+
+    def numbered(place: int) -> tuple[int, Result]:
+        return place, work(items[place])
+
+    results = {}
+    with progress(description, len(items)) as step:
+        for place, result in as_done(numbered, range(len(items)), workers=workers):
+            results[place] = result
+            step()
+    return [results[place] for place in range(len(items))]
 
 
 def find_masks(folder: str | os.PathLike[str]) -> dict[str, Path]:

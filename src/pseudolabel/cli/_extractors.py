@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pseudolabel._maps import gather_present
 from pseudolabel.cam import CAM, GradCAM, find_classifier, find_target_layer, tokens_to_map
 from pseudolabel.cam.find_layers import returns_tokens
 from pseudolabel.cli._console import UserError
 from pseudolabel.cli._models import Classifier
 
-__all__ = ["Way", "find_way", "present_maps_of"]
+__all__ = ["Way", "find_way", "maps_of"]
 
 
 class Way(NamedTuple):
@@ -197,13 +198,14 @@ def _is_logit(mean: Tensor, output: Any) -> bool | None:
     return torch.allclose(mean, logits, rtol=0, atol=1e-2 * max(logits.abs().max().item(), 1e-6))
 
 
-def present_maps_of(
+def maps_of(
     model: nn.Module, way: Way, places: Sequence[int], copies: int
 ) -> Callable[[Tensor, Callable[[Callable[[Tensor], Tensor]], Tensor]], Tensor]:
-    """A function for threads: `(present, use)` gives `use` a callable from views to maps of present classes.
+    """A function for threads: `(index, use)` gives `use` a callable from views to maps of classes `index`.
 
-    ``places`` are the model's classes for those of the labels, of which ``present`` (P,) are the ones to
-    look for. Hooks belong to modules: each of so many copies has modules of its own.
+    ``places`` are the model's classes for those of the labels, of which ``index`` (B,P) are those to look
+    for in each of B images. Views (N,3,h,w) are of the B images, N / B times over. Hooks belong to modules:
+    each of so many copies has modules of its own.
     """
     twins = [model, *(_twin(model) for _ in range(copies - 1))]
     extractors: queue.SimpleQueue[CAM | GradCAM] = queue.SimpleQueue()
@@ -214,9 +216,9 @@ def present_maps_of(
             else GradCAM(twin, way.layer, reshape=None if way.prefix is None else tokens_to_map)
         )
 
-    def look(present: Tensor, use: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+    def look(index: Tensor, use: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         extractor = extractors.get()
-        index = torch.tensor(places, device=present.device)[present]
+        index = torch.tensor(places, device=index.device)[index]
         try:
             return use(lambda views: _maps(extractor, way, _fit(views, way), index))
         finally:
@@ -226,15 +228,15 @@ def present_maps_of(
 
 
 def _maps(extractor: CAM | GradCAM, way: Way, views: Tensor, index: Tensor) -> Tensor:
-    """Raw maps (B,P,h,w) of the model's classes ``index`` (P,)."""
+    """Raw maps (N,P,h,w) of the model's classes ``index`` (B,P)."""
+    index = index.repeat(len(views) // len(index), 1)
     if isinstance(extractor, CAM):
-        return extractor(views, **way.arguments)[:, index]
+        return gather_present(extractor(views, **way.arguments), index)
     if way.prefix is not None:
         grid = (views.shape[2] // way.stride, views.shape[3] // way.stride)
         extractor.reshape = partial(tokens_to_map, grid=grid, num_prefix_tokens=way.prefix)
-    labels = torch.zeros(len(views), way.num_classes, device=views.device)
-    labels[:, index] = 1
-    return extractor(views, labels, **way.arguments)[:, index]
+    labels = torch.zeros(len(views), way.num_classes, device=views.device).scatter(1, index, 1)
+    return gather_present(extractor(views, labels, **way.arguments), index)
 
 
 def _fit(views: Tensor, way: Way) -> Tensor:

@@ -103,7 +103,7 @@ def write_cam(
 
     Args:
         path: The file, named `*.npz`. Its folder must exist. An older file is replaced in one step.
-        cam: Maps (C,h,w) of one image, any float dtype, finite.
+        cam: Maps (C,h,w) of one image, or (K,h,w) of its K present classes, any float dtype, finite.
         labels: Multi-hot (C,). An image without a class gives an archive without maps.
         size: Size (H,W) of the photo, where the maps are smaller. That of the maps for None.
         dtype: `torch.float16` halves the file and keeps 11 bits of each value; `torch.float32`. For None,
@@ -126,15 +126,21 @@ def write_cam(
     check_path(path)
     if os.path.splitext(os.fspath(path))[1].lower() != ".npz":  # noqa: PTH122
         raise ValueError(f"path: expected a name that ends in .npz, got {os.fspath(path)!r}")
-    sizes = check_shapes(cam=(cam, "C h w"), labels=(labels, "C"))
+    sizes = check_shapes(cam=(cam, "K h w"), labels=(labels, "C"))
     check_float(cam=cam)
     check_labels(labels)
+    keys = labels.cpu().nonzero().squeeze(1)
+    if len(cam) not in {len(labels), len(keys)}:
+        raise ValueError(
+            f"cam: expected the maps of all {len(labels)} classes, or of the {len(keys)} present ones, got "
+            f"{len(cam)}"
+        )
     if dtype not in {None, torch.float16, torch.float32}:
         raise ValueError(f"dtype: expected torch.float16, torch.float32 or None, got {dtype}")
     if dtype is None:
         dtype = torch.float16 if cam.dtype == torch.float16 else torch.float32
-    keys = labels.cpu().nonzero().squeeze(1)
-    maps = cam.detach()[keys.to(cam.device)].to("cpu", dtype)
+    maps = cam.detach() if len(cam) == len(keys) else cam.detach()[keys.to(cam.device)]
+    maps = maps.to("cpu", dtype)
     stored = StoredCAM(keys, maps, size if size is not None else (sizes["h"], sizes["w"]))
     buffer = io.BytesIO()
     np.savez(

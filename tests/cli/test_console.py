@@ -1,0 +1,95 @@
+"""Work in threads, and the progress bar."""
+
+import io
+import threading
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from pseudolabel.cli import _console
+from pseudolabel.cli._console import as_done, in_threads, progress
+from pseudolabel.cli._text import one_line
+
+
+def test_results_are_all_there_in_the_order_of_the_items_or_of_their_ends():
+    def work(number):
+        time.sleep(0.02 * (number == 0))
+        return -number
+
+    numbers = list(range(40))
+    assert in_threads(work, numbers, workers=3, description="") == [-number for number in numbers]
+    ended = list(as_done(work, iter(numbers), workers=3))
+    assert sorted(ended, reverse=True) == [-number for number in numbers]
+    assert ended[0] != 0  # which took longer
+    assert in_threads(work, [], workers=3, description="") == []
+
+
+def test_items_are_taken_as_they_are_needed():
+    """A million names wait as names, not as tasks."""
+    taken, most = [], []
+
+    def numbers():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    for done, _ in enumerate(as_done(lambda number: number, numbers(), workers=2), start=1):
+        most.append(len(taken) - done)
+    assert len(most) == 100
+    assert max(most) <= 4  # in work, or next
+
+
+def test_the_first_exception_stops_the_rest():
+    seen = []
+
+    def work(number):
+        seen.append(number)
+        if number == 5:
+            raise ValueError("five")
+
+    with pytest.raises(ValueError, match="five"):
+        list(as_done(work, range(1000), workers=2))
+    assert len(seen) < 20
+    with pytest.raises(ValueError, match="five"):
+        in_threads(work, range(1000), workers=2, description="")
+
+
+def test_threads_are_ended_and_the_setting_is_put_back():
+    threads, before = torch.get_num_threads(), threading.active_count()
+    torch.set_num_threads(threads + 1)
+    try:
+        results = as_done(lambda _: torch.get_num_threads(), range(10), workers=3)
+        assert next(results) == 1
+        results.close()
+        assert torch.get_num_threads() == threads + 1
+        assert threading.active_count() == before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_bar_tells_rate_and_time_left(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(_console, "stderr", lambda: console)
+    with progress("make", 4) as step:
+        for _ in range(4):
+            time.sleep(0.01)
+            step()
+    last = [line for line in console.file.getvalue().splitlines() if "make" in line][-1]
+    assert "4/4" in last
+    assert "/s" in last
+    assert last.count("0:00:0") == 2  # since the start, and to the end
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a\nb  c\t", "a b c"),
+        ("photo\x1b]0;owned\x07\x1b[31m.png", r"photo\x1b]0;owned\x07\x1b[31m.png"),
+        ("\u202egnp.a \udcff", r"\u202egnp.a \udcff"),
+        ("größe 犬 [bold]", "größe 犬 [bold]"),
+    ],
+)
+def test_names_of_files_cannot_steer_the_terminal(text, said):
+    assert one_line(text) == said
