@@ -82,6 +82,23 @@ def test_the_bar_tells_rate_and_time_left(monkeypatch):
     assert last.count("0:00:0") == 2  # since the start, and to the end
 
 
+def test_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    """Such as the log of a job: one a minute, and the last."""
+    now = iter([0, *range(30, 271, 30)])  # a step takes half a minute
+    monkeypatch.setattr(_console.time, "monotonic", lambda: next(now))
+    with progress("make", 9) as step:
+        for _ in range(9):
+            step()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "make" in line]
+    assert lines == [
+        "make: 2/9, 0.0333/s, 0:01:00 since the start, 0:03:30 left",
+        "make: 4/9, 0.0333/s, 0:02:00 since the start, 0:02:30 left",
+        "make: 6/9, 0.0333/s, 0:03:00 since the start, 0:01:30 left",
+        "make: 8/9, 0.0333/s, 0:04:00 since the start, 0:00:30 left",
+        "make: 9/9, 0.0333/s, 0:04:30 since the start, 0:00:00 left",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

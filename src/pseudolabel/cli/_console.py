@@ -1,9 +1,11 @@
 """What the commands share: messages, progress bars, threads, and small files of text."""
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -60,7 +62,13 @@ def report_names(names: Sequence[str], what: str) -> None:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar inside the block, with rate and time left; calling what it gives is a step."""
+    """Show progress inside the block, with rate and time left; calling what it gives is a step.
+
+    A bar on a terminal, a line a minute elsewhere, such as the log of a cluster's job.
+    """
+    if not stderr().is_terminal:
+        yield _lines(description, total)
+        return
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
         MofNCompleteColumn,
@@ -89,6 +97,23 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=stderr()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
+
+
+def _lines(description: str, total: int, every: float = 60) -> Callable[[], None]:
+    begin = last = time.monotonic()
+    done = 0
+
+    def step() -> None:
+        nonlocal last, done
+        done += 1
+        if (now := time.monotonic()) - last < every and done < total:
+            return
+        last = now
+        rate = done / max(now - begin, 1e-9)
+        took, left = (timedelta(seconds=round(seconds)) for seconds in (now - begin, (total - done) / rate))
+        report(f"{description}: {done}/{total}, {rate:.3g}/s, {took} since the start, {left} left")
+
+    return step
 
 
 def as_done(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
