@@ -1,4 +1,4 @@
-# make demo | test | test-backbones | check | docs | bench | clean
+# make demo | test | test-backbones | test-ray | check | docs | bench | clean
 # Everything runs in .venv, made on first use with Python >= 3.11.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ TESTS  ?=
 
 install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-backbones check docs bench clean
+.PHONY: demo test test-backbones test-ray check docs bench clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("pseudolabel needs Python >= 3.11, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -32,6 +32,10 @@ test: $(BIN)/python
 test-backbones:
 	$(MAKE) test VENV=.venv-backbones EXTRAS=test,backbones TESTS=tests/backbones
 
+# A Ray cluster of this machine, several processes; in a virtual environment of its own, one test at a time.
+test-ray:
+	$(MAKE) test VENV=.venv-ray EXTRAS=test,ray TESTS=tests/ray JOBS=0
+
 check: $(BIN)/python
 	$(install) --editable ".[dev]"
 	$(BIN)/ruff check .
@@ -48,4 +52,4 @@ bench: $(BIN)/python
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) .venv-backbones site dist build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-backbones .venv-ray site dist build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

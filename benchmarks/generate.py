@@ -14,7 +14,7 @@ call at a time, and then gives cheap features.
 
 **memory**: seconds and peak resident memory of the command for more and more photos (Linux).
 
-**processes**: one process of two workers against two of one worker (`--shard`), and batches of views.
+**processes**: one process of two workers against two of one worker (`--shard`), and batches of photos.
 """
 
 import argparse
@@ -31,7 +31,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +45,6 @@ from pseudolabel.refine import CRF_PRESETS, DenseCRF
 
 SIZE, CLASSES, PRESENT = (375, 500), 80, 3
 TEXTURES = 200
-SCALES = (0.5, 1.0, 1.5, 2.0)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -217,35 +215,38 @@ def run_fresh(data: Data, network: str, *runs: Sequence[object]) -> tuple[Used, 
 # --------------------------------------------------------------------------------------------- throughput
 
 
-@dataclass
-class SetUp:
-    """One kind of work: a network, with a CRF or without, and what the device waits for is as long as."""
+class SetUp(NamedTuple):
+    """One kind of work: a network, with a CRF or without."""
 
     what: str
     network: str
     photos: int
-    crf: bool
-    scales: tuple[float, ...] = SCALES
-    workers: tuple[int, ...] = (2,)
-    balance: Callable[[dict[str, Used]], float] | None = None  # stages without waiting -> seconds of waiting
+    crf: str
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    wait: Callable[[dict[str, Used]], float] | None = None  # the device's seconds, from the stages' without
 
-    def options(self, workers: int) -> list[object]:
-        return ["--crf" if self.crf else "--no-crf", "--scales", *self.scales, "--workers", workers]
+    def options(self, workers: int, batch_size: int = 1) -> list[object]:
+        threads = ("--workers", workers, "--batch-size", batch_size)
+        return [self.crf, "--scales", *self.scales, *threads]
 
 
 def cpu_bound(stages: dict[str, Used], workers: int) -> float:
     return sum(used.cpu for used in stages.values()) / min(workers, CORES)
 
 
+def longer_than_all(stages: dict[str, Used]) -> float:
+    return 1.5 * cpu_bound(stages, 2)
+
+
+def as_refinement(stages: dict[str, Used]) -> float:
+    return cpu_bound({"refinement": stages["refinement"]}, 2)
+
+
 SET_UPS = {
-    "a": SetUp("ResNet-50, CRF, scales 0.5 and 1", "resnet50", 24, True, (0.5, 1.0)),
-    "b": SetUp("small network, CRF", "small", 48, True),
-    "c": SetUp(
-        "device, no CRF", "device", 96, False, workers=(2, 4), balance=lambda found: 1.5 * cpu_bound(found, 2)
-    ),
-    "d": SetUp(
-        "device, CRF", "device", 48, True, workers=(2, 4), balance=lambda found: found["refinement"].wall
-    ),
+    "a": SetUp("ResNet-50, CRF, scales 0.5 and 1", "resnet50", 24, "--crf", (0.5, 1.0)),
+    "b": SetUp("small network, CRF", "small", 64, "--crf"),
+    "c": SetUp("device, no CRF", "device", 96, "--no-crf", wait=longer_than_all),
+    "d": SetUp("device, CRF", "device", 96, "--crf", wait=as_refinement),
 }
 
 
@@ -263,7 +264,7 @@ def time_stages(data: Data, setup: SetUp, workers: int) -> dict[str, Used]:
     cams: queue.SimpleQueue[CAM] = queue.SimpleQueue()  # hooks belong to one thread at a time
     for _ in range(workers):
         cams.put(CAM(copy.deepcopy(model)))
-    crf = DenseCRF(**CRF_PRESETS["pmm"]) if setup.crf else None
+    crf = DenseCRF(**CRF_PRESETS["pmm"]) if setup.crf == "--crf" else None
     labels = torch.ones(1, PRESENT)
     out = data.folder / "alone"
     out.mkdir(exist_ok=True)
@@ -317,21 +318,22 @@ def report_throughput(draw: Callable[[int], Data], rows: Sequence[str], photos: 
     for row in rows:
         setup = SET_UPS[row]
         data, what = draw(photos or setup.photos), f"{row}: {setup.what}"
-        if setup.balance:
+        if setup.wait:
             os.environ[WAIT] = "0"
-            waiting = setup.balance(time_stages(data, setup, 2))
-            os.environ[WAIT] = f"{1e3 * waiting / (2 * len(setup.scales) * len(data.names)):.2f}"
+            views = 2 * len(setup.scales) * len(data.names)
+            os.environ[WAIT] = f"{1e3 * setup.wait(time_stages(data, setup, 2)) / views:.2f}"
             what += f", {os.environ[WAIT]} ms a view"
-        for workers in setup.workers:
+        for workers in (2, 4) if setup.wait else (2,):
             found = []
             for _ in range(rounds):
                 alone = time_stages(data, setup, workers)
                 whole, start_up = run_fresh(data, setup.network, setup.options(workers))
-                walls, shared = [alone[stage].wall for stage in stages], cpu_bound(alone, workers)
-                bound, seconds = max(*walls, shared), whole.wall - start_up.wall
+                bounds = [*(alone[stage].wall for stage in stages), cpu_bound(alone, workers)]
+                seconds, bound = whole.wall - start_up.wall, max(bounds)
                 work = (whole.cpu - start_up.cpu) / sum(used.cpu for used in alone.values())
-                found.append([*walls, shared, bound, seconds, seconds / bound, work, start_up.wall])
+                found.append([*bounds, bound, seconds, seconds / bound, work, start_up.wall])
             print_row(what, len(data.names), workers, *medians(found))
+        shutil.rmtree(data.folder)
 
 
 # ------------------------------------------------------------------------------------ memory and processes
@@ -339,9 +341,7 @@ def report_throughput(draw: Callable[[int], Data], rows: Sequence[str], photos: 
 
 def report_memory(draw: Callable[[int], Data], sizes: Sequence[int], crf: bool) -> None:
     options = ("--method", "pmm", "--crf" if crf else "--no-crf", "--scales", 1.0, "--workers", 2)
-    print(
-        f"\nSmall network, `{' '.join(map(str, options))}`; start-up, again: 8 or all photos done already\n"
-    )
+    print(f"\nSmall network, `{' '.join(map(str, options))}`; start-up, again: 8 or all are done already\n")
     columns = ("start-up, s", "ms a photo", "times first", "peak MiB", "times first", "again, s")
     print_head("photos", "s", *columns)
     first = None
@@ -357,17 +357,15 @@ def report_memory(draw: Callable[[int], Data], sizes: Sequence[int], crf: bool) 
 
 
 def report_processes(draw: Callable[[int], Data], photos: int, rounds: int) -> None:
-    asked = [sys.executable, "-m", "pseudolabel", "generate", "--help"]
-    known = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     print("\nSeconds without start-up; peak memory of all processes together\n")
     print_head("set-up, way", "photos", "s", "times first", "CPU s", "peak MiB")
     for setup in (SET_UPS["b"], SET_UPS["a"]):
-        data, one, two = draw(photos or setup.photos), setup.options(1), setup.options(2)
-        ways = {"one process, 2 workers": [two]}
-        if "--shard" in known:
-            ways["two processes, 1 worker each"] = [[*one, "--shard", f"{part}/2"] for part in (1, 2)]
-        if "--batch-size" in known:
-            ways |= {f"2 workers, --batch-size {n}": [[*two, "--batch-size", n]] for n in (1, 4)}
+        data, one = draw(photos or setup.photos), setup.options(1)
+        ways = {
+            "one process, 2 workers": [setup.options(2)],
+            "two processes, 1 worker each": [[*one, "--shard", "1/2"], [*one, "--shard", "2/2"]],
+            "one process, 2 workers, --batch-size 4": [setup.options(2, batch_size=4)],
+        }
         found: dict[str, list[list[float]]] = {way: [] for way in ways}
         for _ in range(rounds):
             first = None
@@ -378,6 +376,7 @@ def report_processes(draw: Callable[[int], Data], photos: int, rounds: int) -> N
                 found[way].append([seconds, seconds / first, whole.cpu - start_up.cpu, whole.peak])
         for way, values in found.items():
             print_row(f"{setup.what}: {way}", len(data.names), *medians(values))
+        shutil.rmtree(data.folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -391,7 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--crf", action="store_true", help="memory with a CRF: some ten times as long")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {CORES} cores; rounds: {arguments.rounds}", flush=True)
+    load = f"load before {os.getloadavg()[0]:.1f}"
+    print(f"torch {torch.__version__}, {CORES} cores, {load}, {arguments.rounds} rounds", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         textures = draw_textures(Path(scratch, "textures"))
 

@@ -188,7 +188,7 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
         type=_count,
         metavar="N",
         help="batches in work at a time, each on a thread of its own, or with --engine ray in a process "
-        "(default: the cores of the machine, 8 at most; 2 with another device)",
+        "(default: the cores of the machine, and 2 more with another device, 8 at most)",
     )
     add(
         "--batch-size",
@@ -211,9 +211,8 @@ def _add_generate(commands: _Commands) -> argparse.ArgumentParser:
     add(
         "--gpus",
         type=float,
-        default=0,
         metavar="F",
-        help="with --engine ray, the share of a GPU that a worker takes, such as 0.25 (default: 0)",
+        help="with --engine ray, the share of a GPU that a worker takes, such as 0.25 (default: 1 on cuda)",
     )
     add("--save-cams", metavar="DIR", help="keep the maps as well, scaled to [0, 1], as NAME.npz")
     add("--overwrite", action="store_true", help="make all masks anew")

@@ -6,7 +6,7 @@ run: which photos, which of them together, by which engine, and what is told of 
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -47,17 +47,14 @@ def run(args: argparse.Namespace) -> int:
     report_names(without_labels, f"without a row in {args.labels}, skipped")
     report_names(without_photo, f"without a photo in {args.images}, skipped")
 
-    settings, batch_size = Settings.of(args, labels.classes), _batch_size(args)
-    workers = args.workers or _default_workers(settings.device)
     out, cams = Path(args.out), Path(args.save_cams) if args.save_cams else None
-    remote = args.engine == "ray"
-    maker = MaskMaker(
-        replace(settings, device="cpu") if remote else settings,
-        out,
-        cams,
-        copies=1 if remote else workers,
-        debug=args.debug,
-    )
+    settings, batch_size, workers = Settings.of(args, labels.classes), _batch_size(args), _workers(args)
+    remote = args.engine == "ray"  # then this process makes no masks, and needs no device
+    if remote:
+        maker = MaskMaker(replace(settings, device="cpu"), out, cams)
+    else:
+        copies = workers if settings.device == "cpu" else min(workers, 2)  # one computes, the next is ready
+        maker = MaskMaker(settings, out, cams, copies=copies, debug=args.debug)
     for line in maker.said:
         report(line)
     for folder in filter(None, (out, cams)):
@@ -73,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         if remote:
             from pseudolabel.cli.ray import in_ray  # noqa: PLC0415
 
-            entries = in_ray(batches, settings, out, cams, workers=workers, gpus=args.gpus)
+            gpus = float(settings.device.startswith("cuda")) if args.gpus is None else args.gpus
+            entries = in_ray(batches, settings, out, cams, workers=workers, gpus=gpus, debug=args.debug)
         else:
             entries = _in_threads(maker, batches, workers)
         made = skipped = 0
@@ -110,12 +108,12 @@ def read_image_labels(path: str, allow_pickle: bool) -> io.ImageLabels:
     return labels
 
 
-def _default_workers(device: str) -> int:
-    """A worker for each core, as far as memory goes; a device of its own is busy with two."""
-    if device != "cpu":
-        return 2
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 8)
+def _workers(args: argparse.Namespace) -> int:
+    """One for each core, as far as memory goes; with a device of its own, two more that wait for it."""
+    if args.workers:
+        return int(args.workers)
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
+    return min(cores if args.device == "cpu" else cores + 2, 8)
 
 
 def _batch_size(args: argparse.Namespace) -> int:
@@ -194,7 +192,7 @@ def _alike(
 
 def _in_threads(
     maker: MaskMaker, batches: Iterable[tuple[list[Path], Tensor]], workers: int
-) -> Iterator[Entry]:
+) -> Generator[Entry, None, None]:
     """Several batches at a time, each from reading to writing on a thread of its own.
 
     So everything overlaps: while one waits for the device or the disk, another computes.

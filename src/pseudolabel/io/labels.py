@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,7 +45,8 @@ VOC_CLASSES = (
 # An image id that, put behind a folder, would lead out of it: `../a`, `/a`, `C:\\a`.
 _ESCAPE = re.compile(r"\0|^[/\\]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
 
-_FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+_FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+_ODD = 2  # a cell that is none of these
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +145,9 @@ def read_labels(
     try:
         with io.TextIOWrapper(open_file(path, max_bytes=max_bytes), "utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-        return _parse(lines, classes)
+            return _parse(
+                ((reader.line_num, [cell.strip() for cell in row]) for row in reader if row), classes
+            )
     except (ValueError, csv.Error) as error:
         hint = " (expected UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"{os.fspath(path)}: {error}{hint}") from error
@@ -238,42 +240,50 @@ def _image_id(key: object) -> str:
     raise ValueError(f"expected image ids that are text or whole numbers, got {key!r}")
 
 
-def _parse(lines: list[tuple[int, list[str]]], classes: Sequence[str] | None) -> ImageLabels:
-    """Labels from the cells of a table, each row with its line number."""
-    if not lines:
+def _parse(lines: Iterator[tuple[int, list[str]]], classes: Sequence[str] | None) -> ImageLabels:
+    """Labels from the cells of a table, each row with its line number. A row is kept as a byte a class."""
+    _, header = next(lines, (0, []))
+    if not header:
         raise ValueError("the file is empty")
-    (_, header), *rows = lines
     if len(header) < 2:
         raise ValueError(f"expected columns separated by commas, the header is {header}")
     _check_names("header", tuple(header[1:]))
-    if not rows:
+    if missing := [name for name in classes or () if name not in header[1:]]:
+        raise ValueError(f"no column for the classes {missing} among {header[1:]}")
+    columns = list(classes or header[1:])
+    places = [header.index(name, 1) for name in columns]
+    names, table, odd = [], bytearray(), dict[str, str]()
+    for line, row in _whole_rows(lines, len(header)):
+        cells = bytes([_FLAGS.get(row[place].lower(), _ODD) for place in places])
+        for column, place in zip(columns, places, strict=True) if _ODD in cells else ():
+            if row[place].lower() not in _FLAGS:
+                said = f"line {line} ({row[0]!r}), column {column!r}: expected 0 or 1, got {row[place]!r}"
+                odd.setdefault(column, said)
+        names.append(row[0])
+        table += cells
+    if not names:
         raise ValueError("no image below the header")
+    flags = torch.frombuffer(table, dtype=torch.uint8).view(len(names), len(columns))
+    if classes is None:  # columns without a flag are something else
+        kept = (flags != _ODD).any(0).nonzero()[:, 0]
+        columns, flags = [columns[place] for place in kept.tolist()], flags[:, kept]
+    if not columns:
+        raise ValueError(f"no column of 0 and 1 among {header[1:]}")
+    if wrong := [odd[column] for column in columns if column in odd]:
+        raise ValueError(f"{wrong[0]} (name the class columns with `classes` if this is none)")
+    return ImageLabels(tuple(names), tuple(columns), flags == 1)
+
+
+def _whole_rows(lines: Iterator[tuple[int, list[str]]], width: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the header, with a cell in each column and an image id that comes once."""
     first_line: dict[str, int] = {}
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"line {line}: expected {len(header)} cells as in the header, got {len(row)}")
+    for line, row in lines:
+        if len(row) != width:
+            raise ValueError(f"line {line}: expected {width} cells as in the header, got {len(row)}")
         _check_id(f"line {line}", row[0])
         if (first := first_line.setdefault(row[0], line)) != line:
             raise ValueError(f"line {line}: {row[0]!r} stands in line {first} already")
-    if missing := [name for name in classes or () if name not in header[1:]]:
-        raise ValueError(f"no column for the classes {missing} among {header[1:]}")
-    columns: dict[str, list[bool]] = {}
-    for name in classes or header[1:]:
-        column = header.index(name, 1)
-        cells = [row[column].lower() for _, row in rows]
-        if classes is None and not any(cell in _FLAGS for cell in cells):
-            continue
-        for (line, row), cell in zip(rows, cells, strict=True):
-            if cell not in _FLAGS:
-                raise ValueError(
-                    f"line {line} ({row[0]!r}), column {name!r}: expected 0 or 1, got {row[column]!r} "
-                    "(name the class columns with `classes` if this is none)"
-                )
-        columns[name] = [_FLAGS[cell] for cell in cells]
-    if not columns:
-        raise ValueError(f"no column of 0 and 1 among {header[1:]}")
-    labels = torch.tensor(list(columns.values())).T.contiguous()
-    return ImageLabels(tuple(row[0] for _, row in rows), tuple(columns), labels)
+        yield line, row
 
 
 def _check_id(where: str, name: str) -> None:
