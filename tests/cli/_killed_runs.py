@@ -16,10 +16,20 @@ import pseudolabel.cli.generate  # noqa: F401 - so that it is imported once
 from pseudolabel.cli import main
 
 
+sync = os.fsync
+
+
+def slow_sync(descriptor: int) -> None:
+    """Of a disk so slow that many moments are in the middle of a write."""
+    time.sleep(0.01)
+    sync(descriptor)
+
+
 def run(arguments: list[str], seconds: float) -> int:
     process = os.fork()
     if process == 0:
         code = 99
+        os.fsync = slow_sync
         try:
             code = main(arguments)
         finally:

@@ -38,7 +38,7 @@ class Watched(nn.Module):
                 if len(list((HERE / "ray").glob("*.png"))) >= int(kill.suffix[1:]):
                     kill.unlink()  # fails in all workers but one
                     os.kill(os.getpid(), 9)
-        return self.net(images)
+        return self.net(images + len(images) / 50)  # so that it can be told what went together
 
 
 def network():

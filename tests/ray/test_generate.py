@@ -36,6 +36,10 @@ def test_files_are_those_of_the_local_engine(batch_size, ray, data, files, capsy
     assert masks(data) == len(data.names)
     assert files(data.root, "ray") == files(data.root, "local")
     assert "20 masks made, 0 were there already, 0 photos skipped" in capsys.readouterr().err
+    if batch_size == "4":  # is not without effect here
+        assert main(data.generate("alone", "--batch-size", "1")) == 0
+        alone, together = files(data.root, "alone"), files(data.root, "ray")
+        assert any(alone[f"_cams/{name}.npz"] != together[f"_cams/{name}.npz"] for name in data.names)
     # Each worker has opened the network once.
     assert 2 <= len(data.opened()) == len(set(data.opened())) <= 3
 

@@ -34,7 +34,7 @@ WINDOW = 1024  # neighbours in the list among which photos of one size are looke
 def run(args: argparse.Namespace) -> int:
     """Make the masks that are not there yet; say which photos were skipped."""
     labels = read_image_labels(args.labels, args.allow_pickle)
-    found = {path.stem: path for path in io.find_images(args.images)}
+    found = {path.stem: str(path) for path in io.find_images(args.images)}  # a Path takes several times as much
     wanted = read_names(args.list) if args.list else sorted(found.keys() | set(labels.names))
     everything = [name for name in wanted if name in found and name in labels]
     if not everything:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 for entry in entries:
                     journal.add(entry)
                     if entry.skipped:
-                        report(f"skipped {photos[entry.name].name}: {entry.skipped}")
+                        report(f"skipped {Path(photos[entry.name]).name}: {entry.skipped}")
                     if entry.name in todo:  # and not one that is there, and shares its batch
                         made, skipped = made + (not entry.skipped), skipped + bool(entry.skipped)
                         step()
@@ -125,7 +125,7 @@ def _batch_size(args: argparse.Namespace) -> int:
 
 
 def _unfinished(
-    photos: Mapping[str, Path], labels: io.ImageLabels, maker: MaskMaker, journal: Journal, workers: int
+    photos: Mapping[str, str], labels: io.ImageLabels, maker: MaskMaker, journal: Journal, workers: int
 ) -> set[str]:
     """Names of the photos whose masks are not there, or not of photo and labels as these are now."""
     unfinished: set[str] = set()
@@ -134,7 +134,7 @@ def _unfinished(
         if not all(path.exists() for path in maker.files(name)):
             unfinished.add(name)
             continue
-        entry = entry_of(photo, labels[name], mask=maker.files(name)[0])
+        entry = entry_of(Path(photo), labels[name], mask=maker.files(name)[0])
         said = journal.says(entry)
         if said is None:
             unknown.append(entry)
@@ -142,7 +142,7 @@ def _unfinished(
             unfinished.add(name)
 
     def check(entry: Entry) -> bool:
-        return is_whole(maker.files(entry.name)[0], photos[entry.name], labels[entry.name])
+        return is_whole(maker.files(entry.name)[0], Path(photos[entry.name]), labels[entry.name])
 
     # Of another program, or of a run that was killed between a mask and its line in the journal.
     if unknown:
@@ -156,7 +156,7 @@ def _unfinished(
 
 
 def _batches(
-    photos: Mapping[str, Path], labels: io.ImageLabels, todo: set[str], size: int
+    photos: Mapping[str, str], labels: io.ImageLabels, todo: set[str], size: int
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Photos that go through the network together, with their labels (B,C).
 
@@ -170,11 +170,11 @@ def _batches(
             continue
         for batch in _alike(window, photos, labels, size):
             if not todo.isdisjoint(batch):
-                yield [photos[name] for name in batch], labels.select(batch)
+                yield [Path(photos[name]) for name in batch], labels.select(batch)
 
 
 def _alike(
-    names: Iterable[str], photos: Mapping[str, Path], labels: io.ImageLabels, size: int
+    names: Iterable[str], photos: Mapping[str, str], labels: io.ImageLabels, size: int
 ) -> Iterator[list[str]]:
     """Groups of at most so many names whose photos are of one size, and with labels, or without."""
     groups: dict[object, list[str]] = {}
