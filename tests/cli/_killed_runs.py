@@ -15,7 +15,6 @@ import torch
 import pseudolabel.cli.generate  # noqa: F401 - so that it is imported once
 from pseudolabel.cli import main
 
-
 sync = os.fsync
 
 

@@ -212,7 +212,7 @@ class MaskMaker:
         maps = self._look(image, index, present)
         mask = label_places(self.method(image, maps, present.to(maps.dtype), **self.options), index).cpu()
         maps = normalize_cam(maps).cpu()
-        return [(mask[b], maps[b, : int(count)]) for b, count in enumerate(present.sum(1))]
+        return [(mask[b], maps[b, :count]) for b, count in enumerate(present.sum(1).tolist())]
 
     def _look(self, image: Tensor, index: Tensor, present: Tensor) -> Tensor:
         """Raw maps (B,P,H,W) of the classes `index` (B,P) of images (B,3,H,W), 0 where not `present`."""

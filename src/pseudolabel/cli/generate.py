@@ -34,19 +34,7 @@ WINDOW = 1024  # neighbours in the list among which photos of one size are looke
 def run(args: argparse.Namespace) -> int:
     """Make the masks that are not there yet; say which photos were skipped."""
     labels = read_image_labels(args.labels, args.allow_pickle)
-    found = {path.stem: str(path) for path in io.find_images(args.images)}  # a Path takes several times as much
-    wanted = read_names(args.list) if args.list else sorted(found.keys() | set(labels.names))
-    everything = [name for name in wanted if name in found and name in labels]
-    if not everything:
-        raise UserError(f"{args.images}: no photo here goes by a name in {args.labels}")
-    part, parts = args.shard or (1, 1)
-    wanted = wanted[part - 1 :: parts]
-    photos = {name: found[name] for name in wanted if name in found and name in labels}
-    without_labels = [name for name in wanted if name not in labels]
-    without_photo = [name for name in wanted if name not in found]
-    report_names(without_labels, f"without a row in {args.labels}, skipped")
-    report_names(without_photo, f"without a photo in {args.images}, skipped")
-
+    everything, photos, missing = _find_photos(args, labels)
     out, cams = Path(args.out), Path(args.save_cams) if args.save_cams else None
     settings, batch_size, workers = Settings.of(args, labels.classes), _batch_size(args), _workers(args)
     remote = args.engine == "ray"  # then this process makes no masks, and needs no device
@@ -62,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         remove_leftovers(folder)
 
     with working_in(out, maker.record, everything, overwrite=args.overwrite):
-        journal = Journal(out, f"-{part}-of-{parts}" if parts > 1 else "")
+        journal = Journal(out, "-{}-of-{}".format(*args.shard) if args.shard else "")
         todo = set(photos)
         if not args.overwrite:
             todo = _unfinished(photos, labels, maker, journal, workers)
@@ -74,25 +62,49 @@ def run(args: argparse.Namespace) -> int:
             entries = in_ray(batches, settings, out, cams, workers=workers, gpus=gpus, debug=args.debug)
         else:
             entries = _in_threads(maker, batches, workers)
-        made = skipped = 0
-        try:
-            with progress("generate masks", len(todo)) as step, closing(entries):
-                for entry in entries:
-                    journal.add(entry)
-                    if entry.skipped:
-                        report(f"skipped {Path(photos[entry.name]).name}: {entry.skipped}")
-                    if entry.name in todo:  # and not one that is there, and shares its batch
-                        made, skipped = made + (not entry.skipped), skipped + bool(entry.skipped)
-                        step()
-        except OSError:
-            report(
-                f"{out}: stopped; {made} masks were made, all whole, and the same command goes on from there"
-            )
-            raise
-    report(
-        f"{out}: {made} masks made, {len(photos) - len(todo)} were there already, {skipped} photos skipped"
-    )
-    return 1 if skipped or without_labels or without_photo else 0
+        with closing(entries):
+            made, skipped = _follow(entries, photos, todo, journal, out)
+    kept = len(photos) - len(todo)
+    report(f"{out}: {made} masks made, {kept} were there already, {skipped} photos skipped")
+    return 1 if skipped or missing else 0
+
+
+def _find_photos(args: argparse.Namespace, labels: io.ImageLabels) -> tuple[list[str], dict[str, str], int]:
+    """Names of all photos with labels, this shard's with their paths, and how many names lack either."""
+    # As text: a Path takes several times the memory.
+    found = {path.stem: str(path) for path in io.find_images(args.images)}
+    wanted = read_names(args.list) if args.list else sorted(found.keys() | set(labels.names))
+    everything = [name for name in wanted if name in found and name in labels]
+    if not everything:
+        raise UserError(f"{args.images}: no photo here goes by a name in {args.labels}")
+    part, parts = args.shard or (1, 1)
+    wanted = wanted[part - 1 :: parts]
+    without_labels = [name for name in wanted if name not in labels]
+    without_photo = [name for name in wanted if name not in found]
+    report_names(without_labels, f"without a row in {args.labels}, skipped")
+    report_names(without_photo, f"without a photo in {args.images}, skipped")
+    photos = {name: found[name] for name in wanted if name in found and name in labels}
+    return everything, photos, len(without_labels) + len(without_photo)
+
+
+def _follow(
+    entries: Iterable[Entry], photos: Mapping[str, str], todo: set[str], journal: Journal, out: Path
+) -> tuple[int, int]:
+    """Write down what becomes of the photos, and tell of it; how many masks were made, and how many not."""
+    made = skipped = 0
+    try:
+        with progress("generate masks", len(todo)) as step:
+            for entry in entries:
+                journal.add(entry)
+                if entry.skipped:
+                    report(f"skipped {Path(photos[entry.name]).name}: {entry.skipped}")
+                if entry.name in todo:  # and not one that is there, and shares its batch
+                    made, skipped = made + (not entry.skipped), skipped + bool(entry.skipped)
+                    step()
+    except OSError:
+        report(f"{out}: stopped; {made} masks were made, all whole, and the same command goes on from there")
+        raise
+    return made, skipped
 
 
 def read_image_labels(path: str, allow_pickle: bool) -> io.ImageLabels:
