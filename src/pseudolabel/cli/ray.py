@@ -20,7 +20,7 @@ from torch import Tensor
 from pseudolabel.cli._console import UserError, report
 from pseudolabel.cli._mask_maker import Entry, MaskMaker, Settings
 
-__all__ = ["GenerateMasks", "in_ray"]
+__all__ = ["GenerateMasks"]
 
 Batch = tuple[Sequence[Path], Tensor]  # photos that go through the network together, and their labels (B,C)
 
