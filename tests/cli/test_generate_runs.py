@@ -79,7 +79,7 @@ def test_killed_at_random_moments_and_run_again(many, batch_size):
         assert run(many.root / "whole", 120) == 0
         whole_run = time.monotonic() - begin
         whole = files(many.root / "whole")
-        assert len(whole) == 2 * len(many.names) + 1
+        assert len(whole) == 2 * (len(many.names) + 1)  # masks, maps and settings
 
         moments, kills, finished, cut_short = random.Random(int(batch_size)), 0, 0, 0
         while kills < 25:
@@ -309,6 +309,30 @@ def test_a_run_with_other_settings_leaves_a_folder_in_work_alone(many, capsys):
     finally:
         process.kill()
         process.wait()
+
+
+def test_maps_of_other_settings_are_not_mixed(many, capsys):
+    """Those of other masks may be: the background is none of the maps' business."""
+    cams = ("--no-crf", "--save-cams", str(many.root / "cams"))
+    assert main(many.generate(*cams, out=many.root / "one")) == 0
+    before = files(many.root / "cams")
+    assert main(many.generate(*cams, "--method", "cam", out=many.root / "two")) == 0
+    assert files(many.root / "cams") == before
+    for more in (("--no-flip",), ("--method", "infercam")):
+        assert main(many.generate(*cams, *more, out=many.root / "three")) == 2
+        err = capsys.readouterr().err
+        assert "cams: holds maps made with" in err
+        assert "--save-cams" in err
+    assert files(many.root / "cams") == before
+    assert main(many.generate(*cams, "--no-flip", "--overwrite", out=many.root / "three")) == 0
+    assert files(many.root / "cams") != before
+
+
+def test_masks_and_maps_in_one_folder(many):
+    cams = ("--no-crf", "--save-cams", str(many.out))
+    for _ in range(2):
+        assert main(many.generate(*cams, out=many.out)) == 0
+    assert len(files(many.out)) == 2 * len(many.names) + 1
 
 
 # Disks

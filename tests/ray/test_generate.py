@@ -40,8 +40,8 @@ def test_files_are_those_of_the_local_engine(batch_size, ray, data, files, capsy
         assert main(data.generate("alone", "--batch-size", "1")) == 0
         alone, together = files(data.root, "alone"), files(data.root, "ray")
         assert any(alone[f"_cams/{name}.npz"] != together[f"_cams/{name}.npz"] for name in data.names)
-    # Each worker has opened the network once.
-    assert 2 <= len(data.opened()) == len(set(data.opened())) <= 3
+    # Each worker has opened the network once; one may be done with all before another has begun.
+    assert 1 <= len(data.opened()) == len(set(data.opened())) <= 3
 
 
 @pytest.mark.parametrize("kills", [[3], [3, 8]], ids=["once", "twice"])

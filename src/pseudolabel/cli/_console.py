@@ -159,13 +159,13 @@ def in_threads(
     return [results[place] for place in range(len(items))]
 
 
-def find_masks(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Masks of a folder by name: its PNG files but for hidden ones."""
+def find_masks(folder: str | os.PathLike[str], suffix: str = ".png") -> dict[str, Path]:
+    """Masks of a folder by name: its PNG files, or those of another suffix, but for hidden ones."""
     paths = sorted(Path(folder).iterdir())
     return {
         path.stem: path
         for path in paths
-        if path.suffix.lower() == ".png" and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() == suffix and not path.name.startswith(".") and path.is_file()
     }
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,30 +22,41 @@ from pseudolabel.io._atomic import write_atomically
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Journal", "is_whole", "remove_leftovers", "working_in"]
+__all__ = ["MAPS", "Journal", "is_whole", "remove_leftovers", "working_in"]
 
 SETTINGS, JOURNAL, LOCK = "pseudolabel.json", "pseudolabel{}.jsonl", ".pseudolabel.lock"
 
 
+class Kind(NamedTuple):
+    """What a folder holds."""
+
+    what: str
+    suffix: str
+    option: str
+
+
+MASKS, MAPS = Kind("masks", ".png", "--out"), Kind("maps", ".npz", "--save-cams")
+
+
 @contextlib.contextmanager
 def working_in(
-    out: Path, settings: dict[str, Any], names: Collection[str], *, overwrite: bool
+    folder: Path, settings: dict[str, Any], names: Collection[str], *, overwrite: bool, kind: Kind = MASKS
 ) -> Iterator[None]:
-    """Keep the folder's masks of one kind while the block runs, whoever else works in it.
+    """Keep the masks or maps of a folder of one kind while the block runs, whoever else works in it.
 
     The lock is the system's, and ends with the process, however that ends. Whoever is alone may settle how
-    masks are made here (`_settle`); who joins others takes their settings or leaves.
+    they are made here (`_settle`); who joins others takes their settings or leaves.
 
     Raises:
-        UserError: If masks of other settings are there or being made.
+        UserError: If there are any of other settings, or are being made.
     """
-    with (out / LOCK).open("ab") as file:
+    with (folder / LOCK).open("ab") as file:
         if _lock(file, alone=True):
-            _settle(out, settings, names, overwrite=overwrite)
+            _settle(folder, settings, names, overwrite=overwrite, kind=kind)
         _lock(file, alone=False)
-        if (theirs := _read_settings(out)) != settings:
-            said = _differences(theirs, settings)
-            raise UserError(f"{out}: another run is making masks here with {said}; take another --out")
+        if (theirs := _read_settings(folder)) != settings:
+            said = f"{kind.what} here with {_differences(theirs, settings)}"
+            raise UserError(f"{folder}: another run is making {said}; take another {kind.option}")
         yield
 
 
@@ -63,26 +74,29 @@ def _lock(file: BinaryIO, *, alone: bool) -> bool:
     return True
 
 
-def _settle(out: Path, settings: dict[str, Any], names: Collection[str], *, overwrite: bool) -> None:
-    """Write down how the folder's masks are made, and refuse to mix them with masks made in another way."""
-    there, before = find_masks(out), _read_settings(out)
+def _settle(
+    folder: Path, settings: dict[str, Any], names: Collection[str], *, overwrite: bool, kind: Kind
+) -> None:
+    """Write down how the masks are made here, and refuse to mix them with masks made in another way."""
+    what, suffix, option = kind
+    there, before = find_masks(folder, suffix), _read_settings(folder)
     if before != settings:
         if there and before and not overwrite:
-            said = _differences(before, settings)
-            raise UserError(f"{out}: holds masks made with {said}; take another --out, or --overwrite")
+            said = f"{what} made with {_differences(before, settings)}"
+            raise UserError(f"{folder}: holds {said}; take another {option}, or --overwrite")
         if there and overwrite:
             # Gone before the settings change: what an interrupted run leaves must not pass for its own.
             if before and (others := sorted(there.keys() - set(names))):
                 raise UserError(
-                    f"{out}: holds {len(others)} masks of other settings that this run does not make, as "
-                    f"{others[0]}; take another --out"
+                    f"{folder}: holds {len(others)} {what} of other settings that this run does not make, as "
+                    f"{others[0]}; take another {option}"
                 )
             for name in there.keys() & set(names):
                 there[name].unlink()
-        for journal in out.glob(JOURNAL.format("*")):
+        for journal in folder.glob(JOURNAL.format("*")):
             journal.unlink()
     text = json.dumps({"pseudolabel": __version__, "settings": settings}, indent=2)
-    write_atomically(out / SETTINGS, text.encode("utf-8"))
+    write_atomically(folder / SETTINGS, text.encode("utf-8"))
 
 
 def _read_settings(out: Path) -> dict[str, Any]:

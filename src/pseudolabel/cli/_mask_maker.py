@@ -16,7 +16,7 @@ from pseudolabel import io, masks, recipes
 from pseudolabel._maps import label_places, present_classes
 from pseudolabel.cam import infer_response_map, make_views, multi_scale_cam, normalize_cam
 from pseudolabel.cli._console import UserError
-from pseudolabel.cli._extractors import find_way, maps_of
+from pseudolabel.cli._extractors import Way, find_way, maps_of
 from pseudolabel.cli._models import class_places, load_classifier
 from pseudolabel.refine import CRF_PRESETS, DenseCRF, dense_crf
 
@@ -123,6 +123,7 @@ class MaskMaker:
     Attributes:
         said: What was found out about the network, in lines for the user.
         record: Settings as they stand in `pseudolabel.json`: masks of equal records are of one kind.
+        maps_record: The same of the maps.
 
     Raises:
         UserError: If network, weights and classes do not fit, or a setting is wrong.
@@ -138,6 +139,8 @@ class MaskMaker:
         debug: bool = False,
     ) -> None:
         self.out, self.cams, self.debug, self.settings = out, cams, debug, settings
+        if settings.method not in METHODS:
+            raise UserError(f"--method: expected one of {', '.join(METHODS)}, got {settings.method!r}")
         self.method = METHODS[settings.method]
         self.options = _method_options(settings, self.method)
         self.device = find_device(settings.device)
@@ -153,26 +156,19 @@ class MaskMaker:
         way = find_way(network, settings.maps, settings.layer, settings.classifier)
         places = class_places(settings.classes, network.classes, way.num_classes)
         self._use_maps = maps_of(model, way, places, copies)
+        self._rehearse()
 
-        self.said = [f"maps: {way.said}"]
-        if way.only:
-            self.said.append(
-                f"the network takes {way.only} x {way.only} alone: all views are made that, one scale will do"
-            )
-        if way.least > 1:
-            self.said.append(
-                f"the network takes no views of sides below {way.least}: smaller ones are made that"
-            )
+        self.said = _say(way)
         if not network.own:
             known = f"{way.num_classes} classes, {'by name' if network.classes else 'in order'}"
             self.said.append(f"{len(places)} of the network's {known}; mean {tuple(mean)}, std {tuple(std)}")
-        self.record: dict[str, Any] = {"method": settings.method, **self.options}
-        self.record |= {name: getattr(settings, name) for name in ("model", "layer", "classifier")}
-        self.record |= {"scales": list(settings.scales), "flip": settings.flip}
-        self.record |= {"mean": list(mean), "std": list(std), "weights": _digest(settings.weights, model)}
-        if way.maps != "cam":
-            self.record["maps"] = way.maps
-        self._rehearse()
+        named = {name: getattr(settings, name) for name in ("model", "layer", "classifier", "flip")}
+        lists = {"scales": list(settings.scales), "mean": list(mean), "std": list(std)}
+        gradients = {} if way.maps == "cam" else {"maps": way.maps}
+        seen: dict[str, Any] = {**named, **lists, "weights": _digest(settings.weights, model), **gradients}
+        self.record = {"method": settings.method, **self.options, **seen}
+        # Methods share their maps, but for this one, which looks for them in another way.
+        self.maps_record = {"method": "infercam", **seen} if settings.method == "infercam" else seen
 
     def __call__(self, photos: Sequence[Path], labels: Tensor) -> list[Entry]:
         """Make and write the masks of photos of one size, with labels (B,C), through the network together.
@@ -250,6 +246,18 @@ def entry_of(photo: Path, labels: Tensor, *, mask: Path | None = None, skipped: 
     size = photo.stat().st_size if photo.exists() else 0
     classes = tuple(labels.nonzero()[:, 0].tolist())
     return Entry(photo.stem, size, classes, mask.stat().st_size if mask else 0, skipped)
+
+
+def _say(way: Way) -> list[str]:
+    """What was found out about the network."""
+    said = [f"maps: {way.said}"]
+    if way.only:
+        said.append(
+            f"the network takes {way.only} x {way.only} alone: all views are made that, one scale will do"
+        )
+    if way.least > 1:
+        said.append(f"the network takes no views of sides below {way.least}: smaller ones are made that")
+    return said
 
 
 def find_device(name: str) -> torch.device:

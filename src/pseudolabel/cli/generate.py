@@ -7,7 +7,7 @@ run: which photos, which of them together, by which engine, and what is told of 
 import argparse
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pseudolabel.cli._console import (
     report,
     report_names,
 )
-from pseudolabel.cli._folder import Journal, is_whole, remove_leftovers, working_in
+from pseudolabel.cli._folder import MAPS, Journal, is_whole, remove_leftovers, working_in
 from pseudolabel.cli._mask_maker import Entry, MaskMaker, Settings, entry_of, find_device
 
 __all__ = ["find_device", "read_image_labels", "run"]
@@ -49,7 +49,12 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
 
-    with working_in(out, maker.record, everything, overwrite=args.overwrite):
+    with ExitStack() as work:
+        work.enter_context(working_in(out, maker.record, everything, overwrite=args.overwrite))
+        if cams and not cams.samefile(out):
+            work.enter_context(
+                working_in(cams, maker.maps_record, everything, overwrite=args.overwrite, kind=MAPS)
+            )
         journal = Journal(out, "-{}-of-{}".format(*args.shard) if args.shard else "")
         todo = set(photos)
         if not args.overwrite:
