@@ -110,6 +110,8 @@ def test_settings_of_the_class(data, monkeypatch):
         GenerateMasks(out="o")
     with pytest.raises(ValueError, match="the classifier has 6 classes, the labels have 3"):
         GenerateMasks(out="o", **{**settings, "classes": "abc"})
+    with pytest.raises(ValueError, match="--method: expected one of cam, infercam, pmm, got 'nope'"):
+        GenerateMasks(out="o", **settings, method="nope")
     (data.root / "deep").mkdir()
     with pytest.raises(FileNotFoundError):
         GenerateMasks(out="o", folder="deep", **settings)
