@@ -13,7 +13,7 @@ from pseudolabel import io
 from pseudolabel.cli import main
 from pseudolabel.cli import ray as engine
 from pseudolabel.cli._console import UserError
-from pseudolabel.cli.ray import GenerateMasks
+from pseudolabel.cli.ray import GenerateMasks, _Worker
 
 
 @pytest.fixture
@@ -215,3 +215,22 @@ def test_a_cluster_is_left_as_it_was(connected, capsys):
     with engine._cluster(ray, 0.25):
         pass
     assert "--gpus: Ray shows no GPU now; workers wait until each gets 0.25 of one" in capsys.readouterr().err
+
+
+def test_a_worker_that_does_not_see_the_folder(data, monkeypatch):
+    """As on a machine with a disk of its own: it says so, and makes no folder."""
+    monkeypatch.chdir(data.root)  # which the worker leaves
+    settings = {"model": "pseudolabel.cli.demo:classifier", "weights": str(data.weights), "classes": "abcdef"}
+    options = {"out": str(data.out), "cams": None, "folder": str(data.root), "debug": False, **settings}
+    row = json.dumps([[str(data.images / "photo0.png")], [[1, 0, 0, 0, 0, 0]]])
+    outcomes = _Worker(token=str(data.out / "token"), **options)({"batch": np.array([row])})
+    (told,) = map(json.loads, outcomes["outcome"])
+    assert "does not see" in told["error"]
+    assert str(data.out) in told["error"]
+    assert not data.out.exists()
+    data.out.mkdir()
+    (data.out / "token").touch()
+    outcomes = _Worker(token=str(data.out / "token"), **options)({"batch": np.array([row])})
+    (told,) = map(json.loads, outcomes["outcome"])
+    assert told["entries"][0][0] == "photo0"
+    assert (data.out / "photo0.png").exists()

@@ -7,6 +7,8 @@ import importlib
 import json
 import logging
 import os
+import platform
+import secrets
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,7 +162,8 @@ def in_ray(
     _check_share(gpus, settings.device)
     options: dict[str, Any] = {**vars(settings), "out": str(out), "cams": None if cams is None else str(cams)}
     options |= {"folder": str(Path.cwd()), "debug": debug}
-    with _cluster(ray, gpus):
+    with _cluster(ray, gpus), _token(out) as token:
+        options["token"] = str(token)
         for part in _parts(batches):
             for outcome in _outcomes(ray, part, options, workers=workers, gpus=gpus):
                 if "error" in outcome:
@@ -177,8 +180,8 @@ class _Worker:
     Of an error in a constructor Ray passes the text alone, and to one in a call it adds words of its own.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._options = options
+    def __init__(self, *, token: str, **options: Any) -> None:
+        self._token, self._options = token, options
         self._generate: GenerateMasks | None = None
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -188,6 +191,11 @@ class _Worker:
         photos, labels = json.loads(row)
         try:
             if self._generate is None:
+                if not Path(self._token).exists():  # else it would make a folder of its own
+                    raise UserError(
+                        f"--engine ray: a worker on {platform.node()} does not see {self._options['out']}; it has "
+                        "to lie on storage that all machines share"
+                    )
                 self._generate = GenerateMasks(**self._options)
             return {"entries": self._generate.make(photos, torch.tensor(labels, dtype=torch.bool))}
         except (OSError, ValueError) as error:
@@ -272,6 +280,17 @@ def _check_share(gpus: float, device: str) -> None:
         raise UserError(f"--gpus: expected a share > 0 and <= 1 of a GPU for each worker, got {gpus:g}")
     if gpus and not device.startswith("cuda"):
         raise UserError(f"--gpus: expected none with --device {device}, got {gpus:g}")
+
+
+@contextmanager
+def _token(out: Path) -> Iterator[Path]:
+    """A hidden file by which workers know the folder; of the names that a later run removes if it is left."""
+    token = out.resolve() / f".{secrets.token_hex(8)}.tmp"
+    token.touch()
+    try:
+        yield token
+    finally:
+        token.unlink(missing_ok=True)
 
 
 @contextmanager
