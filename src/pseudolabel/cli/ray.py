@@ -193,8 +193,8 @@ class _Worker:
             if self._generate is None:
                 if not Path(self._token).exists():  # else it would make a folder of its own
                     raise UserError(
-                        f"--engine ray: a worker on {platform.node()} does not see {self._options['out']}; it has "
-                        "to lie on storage that all machines share"
+                        f"--engine ray: a worker on {platform.node()} does not see "
+                        f"{self._options['out']}; it has to lie on storage that all machines share"
                     )
                 self._generate = GenerateMasks(**self._options)
             return {"entries": self._generate.make(photos, torch.tensor(labels, dtype=torch.bool))}
