@@ -186,21 +186,34 @@ def train(model: Model, examples: Sequence[Example], epochs: int, seed: int) -> 
     groups = model.head.param_groups(HEAD_LR, head_lr_mult=1.0)
     if model.tail is not None:
         groups.append({"params": list(model.tail.parameters()), "lr": TAIL_LR, "weight_decay": 5e-4})
-    optimizer = torch.optim.AdamW(groups)
+
+    def loss_at(step: int, steps: int, batch: Sequence[int], views: Sequence[int]) -> Tensor:
+        weight = icd_warmup(step, WARMUP_EPOCHS * steps)
+        return loss_of(model, [examples[index] for index in batch], views, weight)
+
+    fit(torch.optim.AdamW(groups), examples, epochs, generator, loss_at)
+    model.head.eval()
+    return model
+
+
+def fit(
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    epochs: int,
+    generator: torch.Generator,
+    loss_at: Callable[[int, int, Sequence[int], Sequence[int]], Tensor],
+) -> None:
+    """Lower `loss_at(step, steps of an epoch, places of examples, which view of each)` batch by batch."""
     steps = len(batches(examples, generator))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / (steps * epochs)) ** 0.9)
     for epoch in range(epochs):
         for number, batch in enumerate(batches(examples, generator)):
             views = torch.randint(0, 2, (len(batch),), generator=generator).tolist()
-            chosen = [examples[index] for index in batch]
-            weight = icd_warmup(epoch * steps + number, WARMUP_EPOCHS * steps)
-            loss = loss_of(model, chosen, views, weight)
+            loss = loss_at(epoch * steps + number, steps, batch, views)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    model.head.eval()
-    return model
 
 
 def loss_of(model: Model, examples: Sequence[Example], views: Sequence[int], td_weight: float) -> Tensor:

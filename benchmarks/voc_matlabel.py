@@ -96,19 +96,13 @@ def train(model: Model, examples: Sequence[Example], epochs: int, seed: int) -> 
     if model.tail is not None:
         groups.append({"params": list(model.tail.parameters()), "lr": icd.TAIL_LR})
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-    steps = len(icd.batches(examples, generator))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / (steps * epochs)) ** 0.9)
-    for epoch in range(epochs):
-        for number, batch in enumerate(icd.batches(examples, generator)):
-            views = torch.randint(0, 2, (len(batch),), generator=generator).tolist()
-            chosen = [examples[index] for index in batch]
-            seeds = torch.stack([anchors[index][view] for index, view in zip(batch, views, strict=True)])
-            weight = d2cam_anchor_weight(epoch * steps + number, round(model.warmup * steps))
-            loss = loss_of(model, chosen, views, seeds, weight)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+
+    def loss_at(step: int, steps: int, batch: Sequence[int], views: Sequence[int]) -> Tensor:
+        seeds = torch.stack([anchors[index][view] for index, view in zip(batch, views, strict=True)])
+        weight = d2cam_anchor_weight(step, round(model.warmup * steps))
+        return loss_of(model, [examples[index] for index in batch], views, seeds, weight)
+
+    icd.fit(optimizer, examples, epochs, generator, loss_at)
     model.head.eval()
     return model
 

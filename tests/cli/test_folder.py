@@ -10,8 +10,9 @@ import time
 import pytest
 
 from pseudolabel.cli._console import UserError
-from pseudolabel.cli._folder import Journal, remove_leftovers, working_in
+from pseudolabel.cli._folder import Journal, token, working_in
 from pseudolabel.cli._mask_maker import Entry
+from pseudolabel.io._atomic import remove_leftovers
 
 CAT = Entry("cat", photo=100, labels=(3, 7), mask=40)
 
@@ -204,3 +205,17 @@ def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path):
     remove_leftovers(tmp_path)
     assert not old.exists()
     assert all(path.exists() for path in (new, *others))
+
+
+def test_a_token_outlives_later_runs_and_not_its_own(tmp_path):
+    """However long the run is: who joins it leaves the token, and who is alone removes what is left."""
+    with enter(tmp_path, {"alpha": 1}), token(tmp_path) as path:
+        os.utime(path, (0, 0))
+        remove_leftovers(tmp_path)
+        with enter(tmp_path, {"alpha": 1}):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    path.touch()
+    with enter(tmp_path, {"alpha": 1}):
+        assert not path.exists()

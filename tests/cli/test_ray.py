@@ -150,14 +150,13 @@ def test_tasks_hold_whole_batches():
     assert json.loads(row) == [["p0\udc80.png", "p1\udc80.png"], [[1, 0, 0], [0, 1, 0]]]
 
 
-def test_parts_hold_whole_batches(monkeypatch):
-    monkeypatch.setattr(engine, "PART", 4)
-    assert [[len(photos) for photos, _ in part] for part in engine._parts(plan(1, 2, 3, 4, 1))] == [
+def test_parts_hold_whole_batches():
+    assert [[len(photos) for photos, _ in part] for part in engine._grouped(plan(1, 2, 3, 4, 1), 4)] == [
         [1, 2, 3],
         [4],
         [1],
     ]
-    assert list(engine._parts([])) == []
+    assert list(engine._grouped([], 4)) == []
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])

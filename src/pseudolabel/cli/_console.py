@@ -1,5 +1,6 @@
 """What the commands share: messages, progress bars, threads, and small files of text."""
 
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from datetime import timedelta
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "UserError",
     "as_done",
     "find_masks",
+    "import_extra",
     "in_threads",
     "progress",
     "read_class_names",
@@ -58,6 +61,17 @@ def report_names(names: Sequence[str], what: str) -> None:
     if names:
         listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         report(f"{len(names)} {what}: {listed}")
+
+
+def import_extra(name: str, option: str, install: str) -> ModuleType:
+    """A module that an option needs, and that not everybody has installed."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # broken libraries beside it fail in their own ways
+        library = name.partition(".")[0]
+        raise UserError(
+            f"{option}: cannot import {library} ({type(error).__name__}: {error}); pip install {install}"
+        ) from error
 
 
 @contextmanager
@@ -129,10 +143,8 @@ def as_done(work: Callable[[Item], Result], items: Iterable[Item], *, workers: i
     try:
         items = iter(items)
         while True:
-            waiting = islice(
-                items, 2 * workers - len(running)
-            )  # as many again, so that nobody waits for work
-            running |= {pool.submit(work, item) for item in waiting}
+            # As many again as there are workers, so that nobody waits for work.
+            running |= {pool.submit(work, item) for item in islice(items, 2 * workers - len(running))}
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -4,9 +4,8 @@ import contextlib
 import errno
 import json
 import os
-import re
+import secrets
 import sys
-import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,9 +21,10 @@ from pseudolabel.io._atomic import write_atomically
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["MAPS", "Journal", "is_whole", "remove_leftovers", "working_in"]
+__all__ = ["MAPS", "Journal", "is_whole", "token", "working_in"]
 
-SETTINGS, JOURNAL, LOCK = "pseudolabel.json", "pseudolabel{}.jsonl", ".pseudolabel.lock"
+SETTINGS, JOURNAL = "pseudolabel.json", "pseudolabel{}.jsonl"
+LOCK, TOKEN = ".pseudolabel.lock", ".pseudolabel-{}.token"
 
 
 class Kind(NamedTuple):
@@ -95,6 +95,8 @@ def _settle(
                 there[name].unlink()
         for journal in folder.glob(JOURNAL.format("*")):
             journal.unlink()
+    for left in folder.glob(TOKEN.format("*")):  # by a run that was killed: nobody works here
+        left.unlink()
     text = json.dumps({"pseudolabel": __version__, "settings": settings}, indent=2)
     write_atomically(folder / SETTINGS, text.encode("utf-8"))
 
@@ -117,13 +119,15 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"{was}, now {became}"
 
 
-def remove_leftovers(folder: Path, *, age: float = 3600) -> None:
-    """Remove the hidden files of runs that were killed while they wrote, of so many seconds ago or more."""
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime >= age:
-                    path.unlink()
+@contextlib.contextmanager
+def token(folder: Path) -> Iterator[Path]:
+    """A hidden file of a random name while the block runs, by which other machines may know the folder."""
+    path = folder.resolve() / TOKEN.format(secrets.token_hex(8))
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class Journal:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel.cam import find_classifier
-from pseudolabel.cli._console import UserError
+from pseudolabel.cli._console import UserError, import_extra
 
 __all__ = ["Classifier", "class_places", "load_classifier", "load_model", "load_weights"]
 
@@ -117,7 +117,7 @@ def load_model(factory: str) -> nn.Module:
 
 def _of_transformers(name: str, weights: str | None) -> Classifier:
     """A classifier of the hub, of its cache or of a folder that `save_pretrained` wrote."""
-    transformers = _import("transformers")
+    transformers = import_extra("transformers", "--model", "transformers")
     auto = transformers.AutoModelForImageClassification
     settings = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
     config = _fetch("hf", name, lambda: transformers.AutoConfig.from_pretrained(name, **settings))
@@ -175,7 +175,7 @@ def _normalization(
 
 def _of_timm(name: str, weights: str | None) -> Classifier:
     """A classifier by timm's name, or of a folder of its `save_for_hf`."""
-    timm = _import("timm")
+    timm = import_extra("timm", "--model", "timm")
     source = f"local-dir:{name}" if Path(name).is_dir() else name
 
     def build(count: int | None) -> nn.Module:
@@ -213,15 +213,6 @@ def _timm_classes(timm: ModuleType, model: nn.Module) -> Sequence[str] | None:
         return list(told["label_names"])
     subset = timm.data.infer_imagenet_subset(told)
     return timm.data.ImageNetInfo(subset).label_descriptions() if subset else None
-
-
-def _import(library: str) -> ModuleType:
-    try:
-        return importlib.import_module(library)
-    except Exception as error:  # broken libraries beside it fail in their own ways
-        raise UserError(
-            f"--model: cannot import {library} ({type(error).__name__}: {error}); pip install {library}"
-        ) from error
 
 
 def _fetch(library: str, name: str, load: Callable[[], Any]) -> Any:
@@ -328,7 +319,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
                 content = {name: torch.from_numpy(archive[name]) for name in archive.files}
         elif path.suffix == ".safetensors":
             path.stat()  # says in plain words if it is not there
-            content = _import_safetensors().load_file(path)
+            content = import_extra("safetensors.torch", "--weights", "safetensors").load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, UserError):
@@ -341,10 +332,3 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: expected a state dict (name -> tensor), got {type(content).__name__}")
     return content
-
-
-def _import_safetensors() -> ModuleType:
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise UserError("--weights: cannot import safetensors; pip install safetensors") from error

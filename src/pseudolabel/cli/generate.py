@@ -23,8 +23,9 @@ from pseudolabel.cli._console import (
     report,
     report_names,
 )
-from pseudolabel.cli._folder import MAPS, Journal, is_whole, remove_leftovers, working_in
+from pseudolabel.cli._folder import MAPS, Journal, is_whole, working_in
 from pseudolabel.cli._mask_maker import Entry, MaskMaker, Settings, entry_of, find_device
+from pseudolabel.io._atomic import remove_leftovers
 
 __all__ = ["find_device", "read_image_labels", "run"]
 
@@ -148,10 +149,11 @@ def _unfinished(
     unfinished: set[str] = set()
     unknown: list[Entry] = []
     for name, photo in photos.items():
-        if not all(path.exists() for path in maker.files(name)):
+        files = maker.files(name)
+        if not all(path.exists() for path in files):
             unfinished.add(name)
             continue
-        entry = entry_of(Path(photo), labels[name], mask=maker.files(name)[0])
+        entry = entry_of(Path(photo), labels[name], mask=files[0])
         said = journal.says(entry)
         if said is None:
             unknown.append(entry)

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pseudolabel.cli._console import UserError, report
+from pseudolabel.cli._console import UserError, import_extra, report
+from pseudolabel.cli._folder import token
 from pseudolabel.cli._mask_maker import Entry, MaskMaker, Settings
 
 __all__ = ["GenerateMasks"]
@@ -162,9 +162,9 @@ def in_ray(
     _check_share(gpus, settings.device)
     options: dict[str, Any] = {**vars(settings), "out": str(out), "cams": None if cams is None else str(cams)}
     options |= {"folder": str(Path.cwd()), "debug": debug}
-    with _cluster(ray, gpus), _token(out) as token:
-        options["token"] = str(token)
-        for part in _parts(batches):
+    with _cluster(ray, gpus), token(out) as path:
+        options["token"] = str(path)
+        for part in _grouped(batches, PART):
             for outcome in _outcomes(ray, part, options, workers=workers, gpus=gpus):
                 if "error" in outcome:
                     raise UserError(outcome["error"])
@@ -233,45 +233,33 @@ def _outcomes(
         raise UserError(f"--engine ray: {type(error).__name__}: {said}") from error
 
 
-def _parts(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """The plan in parts of `PART` photos or little more."""
-    part: list[Batch] = []
-    count = 0
-    for batch in batches:
-        part.append(batch)
-        count += len(batch[0])
-        if count >= PART:
-            yield part
-            part, count = [], 0
-    if part:
-        yield part
-
-
 def _tasks(part: Sequence[Batch], workers: int) -> Iterator[list[str]]:
     """Rows of the plan, some whole batches for each task; a small plan has tasks for all workers, too."""
     least = min(TASK, sum(len(photos) for photos, _ in part) // (4 * workers))
-    rows: list[str] = []
+    for task in _grouped(part, least):
+        yield [
+            json.dumps([[str(photo) for photo in photos], labels.int().tolist()]) for photos, labels in task
+        ]
+
+
+def _grouped(batches: Iterable[Batch], least: int) -> Iterator[list[Batch]]:
+    """Groups of whole batches, of so many photos or little more, the last of what is left."""
+    group: list[Batch] = []
     count = 0
-    for photos, labels in part:
-        rows.append(json.dumps([[str(photo) for photo in photos], labels.int().tolist()]))
-        count += len(photos)
+    for batch in batches:
+        group.append(batch)
+        count += len(batch[0])
         if count >= least:
-            yield rows
-            rows, count = [], 0
-    if rows:
-        yield rows
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
 
 
 def _import_ray() -> ModuleType:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it tells its makers of its use, else
-    try:
-        importlib.import_module("ray.data")
-        return importlib.import_module("ray")
-    except Exception as error:  # broken libraries beside it fail in their own ways
-        raise UserError(
-            f"--engine ray: cannot import ray ({type(error).__name__}: {error}); "
-            'pip install "pseudolabel[ray]"'
-        ) from error
+    import_extra("ray.data", "--engine ray", '"pseudolabel[ray]"')
+    return importlib.import_module("ray")
 
 
 def _check_share(gpus: float, device: str) -> None:
@@ -280,17 +268,6 @@ def _check_share(gpus: float, device: str) -> None:
         raise UserError(f"--gpus: expected a share > 0 and <= 1 of a GPU for each worker, got {gpus:g}")
     if gpus and not device.startswith("cuda"):
         raise UserError(f"--gpus: expected none with --device {device}, got {gpus:g}")
-
-
-@contextmanager
-def _token(out: Path) -> Iterator[Path]:
-    """A hidden file by which workers know the folder; of the names that a later run removes if it is left."""
-    token = out.resolve() / f".{secrets.token_hex(8)}.tmp"
-    token.touch()
-    try:
-        yield token
-    finally:
-        token.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
+import time
 from pathlib import Path
 
 from pseudolabel.io._files import check_path
 
-__all__ = ["write_atomically"]
+__all__ = ["remove_leftovers", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -47,3 +49,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:  # its own file name is the hidden one, which tells nobody anything
         reason = f"{error.strerror or error} (not written; an older file of this name is as it was)"
         raise OSError(error.errno, reason, os.fspath(path)) from error
+
+
+def remove_leftovers(folder: Path, *, age: float = 3600) -> None:
+    """Remove hidden files of processes that were killed while they wrote, so many seconds ago or more."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime >= age:
+                    path.unlink()
