@@ -171,13 +171,13 @@ def new_model(num_foreground: int, seed: int, tail: Tail | None) -> Model:
     return Model(head, None if tail is None else tail.trainable())
 
 
-def batches(examples: Sequence[Example], generator: torch.Generator) -> list[list[int]]:
-    """All examples in random order, those of a batch being of one shape."""
+def batches(shapes: Sequence[object], size: int, generator: torch.Generator) -> list[list[int]]:
+    """Places of all examples in random order, those of a batch being of one shape."""
     found = []
-    for shape in dict.fromkeys(example.trunk.shape for example in examples):
-        of_shape = [index for index, example in enumerate(examples) if example.trunk.shape == shape]
+    for shape in dict.fromkeys(shapes):
+        of_shape = [index for index, its in enumerate(shapes) if its == shape]
         order = [of_shape[k] for k in torch.randperm(len(of_shape), generator=generator)]
-        found += [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+        found += [order[start : start + size] for start in range(0, len(order), size)]
     return [found[k] for k in torch.randperm(len(found), generator=generator)]
 
 
@@ -191,23 +191,25 @@ def train(model: Model, examples: Sequence[Example], epochs: int, seed: int) -> 
         weight = icd_warmup(step, WARMUP_EPOCHS * steps)
         return loss_of(model, [examples[index] for index in batch], views, weight)
 
-    fit(torch.optim.AdamW(groups), examples, epochs, generator, loss_at)
+    shapes = [example.trunk.shape for example in examples]
+    fit(torch.optim.AdamW(groups), loss_at, shapes, epochs, generator)
     model.head.eval()
     return model
 
 
 def fit(
     optimizer: torch.optim.Optimizer,
-    examples: Sequence[Example],
+    loss_at: Callable[[int, int, Sequence[int], Sequence[int]], Tensor],
+    shapes: Sequence[object],
     epochs: int,
     generator: torch.Generator,
-    loss_at: Callable[[int, int, Sequence[int], Sequence[int]], Tensor],
+    size: int = BATCH,
 ) -> None:
     """Lower `loss_at(step, steps of an epoch, places of examples, which view of each)` batch by batch."""
-    steps = len(batches(examples, generator))
+    steps = len(batches(shapes, size, generator))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / (steps * epochs)) ** 0.9)
     for epoch in range(epochs):
-        for number, batch in enumerate(batches(examples, generator)):
+        for number, batch in enumerate(batches(shapes, size, generator)):
             views = torch.randint(0, 2, (len(batch),), generator=generator).tolist()
             loss = loss_at(epoch * steps + number, steps, batch, views)
             optimizer.zero_grad()

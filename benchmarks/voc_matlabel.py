@@ -102,7 +102,8 @@ def train(model: Model, examples: Sequence[Example], epochs: int, seed: int) -> 
         weight = d2cam_anchor_weight(step, round(model.warmup * steps))
         return loss_of(model, [examples[index] for index in batch], views, seeds, weight)
 
-    icd.fit(optimizer, examples, epochs, generator, loss_at)
+    shapes = [example.trunk.shape for example in examples]
+    icd.fit(optimizer, loss_at, shapes, epochs, generator)
     model.head.eval()
     return model
 

@@ -178,16 +178,6 @@ class Row:
     full: bool = False  # all that comes from the segmentation branch is scored
 
 
-def batches(examples: Sequence[Example], generator: torch.Generator) -> list[list[int]]:
-    """All examples in random order, those of a batch being of one shape."""
-    found = []
-    for size in dict.fromkeys(example.views[0].size for example in examples):
-        of_size = [index for index, example in enumerate(examples) if example.views[0].size == size]
-        order = [of_size[k] for k in torch.randperm(len(of_size), generator=generator)]
-        found += [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-    return [found[k] for k in torch.randperm(len(found), generator=generator)]
-
-
 def new_network(net: nn.Module, weight: Tensor, row: Row, seed: int) -> Network:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -202,23 +192,20 @@ def train(
     loss_fn = RTCLoss(seg_start_epoch=options.seg_start, compensator=compensator)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.param_groups(), weight_decay=5e-4)
-    steps = options.epochs * len(batches(examples, generator))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 0.9)
-    for epoch in range(options.epochs):
-        for batch in batches(examples, generator):
-            mirrored = torch.randint(0, 2, (len(batch),), generator=generator).tolist()
-            pairs = [(examples[index], which) for index, which in zip(batch, mirrored, strict=True)]
-            view1, view2 = (
-                gather([example.views[number].pick(which) for example, which in pairs], options.device)
-                for number in (0, 1)
-            )
-            labels = torch.cat([example.photo.labels for example, _ in pairs]).float().to(options.device)
-            out1, out2 = network(view1), network(view2, segment=False)
-            terms = loss_fn(out1, out2, labels, view1.image / 255, epoch=epoch).terms
-            optimizer.zero_grad()
-            torch.stack([terms[name] for name in (*row.terms, "segmentation")]).sum().backward()
-            optimizer.step()
-            schedule.step()
+
+    def loss_at(step: int, steps: int, batch: Sequence[int], mirrored: Sequence[int]) -> Tensor:
+        pairs = [(examples[index], which) for index, which in zip(batch, mirrored, strict=True)]
+        view1, view2 = (
+            gather([example.views[number].pick(which) for example, which in pairs], options.device)
+            for number in (0, 1)
+        )
+        labels = torch.cat([example.photo.labels for example, _ in pairs]).float().to(options.device)
+        out1, out2 = network(view1), network(view2, segment=False)
+        terms = loss_fn(out1, out2, labels, view1.image / 255, epoch=step // steps).terms
+        return torch.stack([terms[name] for name in (*row.terms, "segmentation")]).sum()
+
+    shapes = [example.views[0].size for example in examples]
+    icd.fit(optimizer, loss_at, shapes, options.epochs, generator, BATCH)
     return network.eval()
 
 
