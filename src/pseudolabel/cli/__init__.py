@@ -1,12 +1,15 @@
 """The command line: `pseudolabel demo | generate | evaluate | view | train`.
 
 Exit codes: 0 all done; 1 done but for the images that were reported; 2 nothing (more) could be done: wrong
-usage, a file that is not what it should be, a folder that cannot be written; 130 interrupted.
+usage, a file that is not what it should be, a folder that cannot be written; 3 a fault of this program or of
+the network, with its traceback; 130 interrupted.
 """
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TypeAlias
 
@@ -24,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name, `sys.argv[1:]` by default.
 
     Returns:
-        0 all done, 1 some images skipped or missing, 2 usage and files, 130 interrupted.
+        0 all done, 1 some images skipped or missing, 2 usage and files, 3 a fault (its traceback goes to
+        stderr), 130 interrupted.
     """
     try:
         args = _parser().parse_args(argv)
@@ -34,13 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A command is imported when it runs: `--help` needs no torch.
         return int(import_module(f"pseudolabel.cli.{args.command}").run(args))
     except KeyboardInterrupt:
-        print("pseudolabel: interrupted", file=sys.stderr)
+        _say("pseudolabel: interrupted")
         return 130
     except (OSError, ValueError) as error:  # UserError, and what the library says about files and settings
         if args.debug:
             raise
-        print(f"pseudolabel {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        _say(f"pseudolabel {args.command}: error: {_one_line(error)}")
         return 2
+    except Exception:
+        if args.debug:
+            raise
+        traceback.print_exc()
+        return 3
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):  # a broken pipe
+        print(message, file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
@@ -54,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pseudolabel",
         description="From image-level labels to pixel masks.",
         epilog="Exit codes: 0 all done, 1 done but for the images reported, 2 wrong usage or files, "
-        "130 interrupted.",
+        "3 a fault, 130 interrupted.",
     )
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,7 +1,9 @@
 """What the commands share: messages, progress bars, threads, and small files of text."""
 
+import contextlib
 import importlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,7 +13,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -43,12 +45,28 @@ class UserError(ValueError):
     """Something that the user can put right; shown as one line without a traceback."""
 
 
+class _Unheard:
+    """The stream of messages, which nobody has to read: what cannot be written there is dropped."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a full disk, a closed stream
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
 @cache
 def stderr() -> "Console":
-    """The console of messages and progress bars; results alone go to stdout."""
+    """The console of messages and progress bars; results alone go to stdout. It never stops the work."""
     from rich.console import Console  # noqa: PLC0415
 
-    return Console(stderr=True)
+    return Console(file=cast("IO[str]", _Unheard()))
 
 
 def report(message: str) -> None:
@@ -150,6 +168,9 @@ def as_done(work: Callable[[Item], Result], items: Iterable[Item], *, workers: i
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+    except KeyboardInterrupt:
+        report(f"stopping; {len(running)} in work are finished first, unless it is interrupted again")
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -173,12 +194,13 @@ def in_threads(
 
 def find_masks(folder: str | os.PathLike[str], suffix: str = ".png") -> dict[str, Path]:
     """Masks of a folder by name: its PNG files, or those of another suffix, but for hidden ones."""
-    paths = sorted(Path(folder).iterdir())
-    return {
-        path.stem: path
-        for path in paths
-        if path.suffix.lower() == suffix and not path.name.startswith(".") and path.is_file()
-    }
+    found: dict[str, Path] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() == suffix and not path.name.startswith(".") and path.is_file():
+            other = found.setdefault(path.stem, path)
+            if other is not path:
+                raise UserError(f"{folder}: {other.name!r} and {path.name!r} are two masks of one name")
+    return found
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:

@@ -1,4 +1,9 @@
-"""The folder of masks: how they are made, who works on them, and the journal of photos that are done."""
+"""The folders that commands write to: whose they are, how their files are made, and who works in them.
+
+No command writes over a file that it did not make. `train` and `demo` keep to folders of their own (`claim`).
+Masks are worth more, and may be corrected by hand: each carries a mark (`_marks`), and the journal knows the
+photos that are done.
+"""
 
 import contextlib
 import errno
@@ -6,22 +11,21 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import torch
-from torch import Tensor
-
-from pseudolabel import __version__, io
+from pseudolabel import __version__
 from pseudolabel.cli._console import UserError, find_masks
+from pseudolabel.cli._marks import refuse_foreign
 from pseudolabel.cli._mask_maker import Entry
 from pseudolabel.io._atomic import write_atomically
+from pseudolabel.io._files import MAX_BYTES, open_file
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["MAPS", "Journal", "is_whole", "token", "working_in"]
+__all__ = ["MAPS", "Journal", "claim", "token", "working_in"]
 
 SETTINGS, JOURNAL = "pseudolabel.json", "pseudolabel{}.jsonl"
 LOCK, TOKEN = ".pseudolabel.lock", ".pseudolabel-{}.token"
@@ -38,6 +42,45 @@ class Kind(NamedTuple):
 MASKS, MAPS = Kind("masks", ".png", "--out"), Kind("maps", ".npz", "--save-cams")
 
 
+def claim(folder: Path, command: str, files: Iterable[str]) -> None:
+    """Make a folder this command's own: if it is that already, or has none of the files that are to come.
+
+    Raises:
+        UserError: If it has, or is another command's.
+    """
+    record = _read_record(folder)
+    if record is None:
+        if there := [name for name in files if os.path.lexists(folder / name)]:
+            raise UserError(
+                f"{folder}: holds {', '.join(there)}, which `pseudolabel {command}` did not make and does "
+                "not replace; take another --out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_record(folder, command)
+    elif record.get("command") != command:
+        raise UserError(f"{folder}: is no folder of `pseudolabel {command}`; take another --out")
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """What a command has written down of its folder, None if none has."""
+    path = folder / SETTINGS
+    try:
+        with open_file(path, max_bytes=MAX_BYTES) as file:
+            record = json.load(file)
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or "command" not in record:
+        raise UserError(f"{path}: expected what this program has written there; take another folder")
+    return record
+
+
+def _write_record(folder: Path, command: str, **more: Any) -> None:
+    record = {"pseudolabel": __version__, "command": command, **more}
+    write_atomically(folder / SETTINGS, json.dumps(record, indent=2).encode("utf-8"))
+
+
 @contextlib.contextmanager
 def working_in(
     folder: Path, settings: dict[str, Any], names: Collection[str], *, overwrite: bool, kind: Kind = MASKS
@@ -50,7 +93,7 @@ def working_in(
     Raises:
         UserError: If there are any of other settings, or are being made.
     """
-    with (folder / LOCK).open("ab") as file:
+    with _open_to_append(folder / LOCK) as file:
         if _lock(file, alone=True):
             _settle(folder, settings, names, overwrite=overwrite, kind=kind)
         _lock(file, alone=False)
@@ -58,6 +101,12 @@ def working_in(
             said = f"{kind.what} here with {_differences(theirs, settings)}"
             raise UserError(f"{folder}: another run is making {said}; take another {kind.option}")
         yield
+
+
+def _open_to_append(path: Path) -> BinaryIO:
+    if path.exists():
+        open_file(path).close()  # a pipe would be waited for
+    return path.open("ab+")
 
 
 def _lock(file: BinaryIO, *, alone: bool) -> bool:
@@ -79,38 +128,37 @@ def _settle(
 ) -> None:
     """Write down how the masks are made here, and refuse to mix them with masks made in another way."""
     what, suffix, option = kind
-    there, before = find_masks(folder, suffix), _read_settings(folder)
+    before = _read_settings(folder)
     if before != settings:
-        if there and before and not overwrite:
-            said = f"{what} made with {_differences(before, settings)}"
-            raise UserError(f"{folder}: holds {said}; take another {option}, or --overwrite")
-        if there and overwrite:
-            # Gone before the settings change: what an interrupted run leaves must not pass for its own.
-            if before and (others := sorted(there.keys() - set(names))):
-                raise UserError(
-                    f"{folder}: holds {len(others)} {what} of other settings that this run does not make, as "
-                    f"{others[0]}; take another {option}"
-                )
-            for name in there.keys() & set(names):
-                there[name].unlink()
+        there = find_masks(folder, suffix)
+        ours = sorted(there.keys() & set(names))
+        others = sorted(there.keys() - set(names)) if before else []
+        if not overwrite and (ours or others):
+            said = f"made with {_differences(before, settings)}" if before else "made in an unknown way"
+            raise UserError(f"{folder}: holds {what} {said}; take another {option}, or --overwrite")
+        if others:
+            raise UserError(
+                f"{folder}: holds {len(others)} {what} of other settings that this run does not make, as "
+                f"{others[0]}; take another {option}"
+            )
+        refuse_foreign(there[name] for name in ours)
+        # Gone before the settings change: what an interrupted run leaves must not pass for its own.
+        for name in ours:
+            there[name].unlink()
         for journal in folder.glob(JOURNAL.format("*")):
             journal.unlink()
     for left in folder.glob(TOKEN.format("*")):  # by a run that was killed: nobody works here
         left.unlink()
-    text = json.dumps({"pseudolabel": __version__, "settings": settings}, indent=2)
-    write_atomically(folder / SETTINGS, text.encode("utf-8"))
+    _write_record(folder, "generate", settings=settings)
 
 
-def _read_settings(out: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
     """The settings of a folder, none if it has none yet."""
-    path = out / SETTINGS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except FileNotFoundError:
+    record = _read_record(folder)
+    if record is None:
         return {}
-    except (ValueError, LookupError, TypeError, RecursionError):
-        settings = None
-    return settings if isinstance(settings, dict) and settings else {"unreadable": str(path)}
+    settings = record.get("settings")
+    return settings if isinstance(settings, dict) and settings else {"command": record["command"]}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -135,24 +183,26 @@ class Journal:
 
     It is only ever appended to, a line in one piece, so that it may be cut off at any time, and several runs
     may write to it. A shard has a journal of its own, `pseudolabel-3-of-8.jsonl`, and reads those of all.
+    A line tells of contents, by their digests: whichever agrees with what is there holds, whoever wrote it.
 
     Args:
         out: Folder of the masks.
         shard: `-3-of-8`, or nothing.
 
     Raises:
+        ValueError: If a file of its name is a pipe or device.
         OSError: If it cannot be read or written.
     """
 
     def __init__(self, out: Path, shard: str = "") -> None:
         self.path = out / JOURNAL.format(shard)
-        self._lines: dict[str, str] = {}
-        for journal in sorted(out.glob(JOURNAL.format("*"))):
-            with journal.open(encoding="utf-8", errors="replace") as lines:
+        self._known: dict[str, set[tuple[object, ...]]] = {}
+        for journal in out.glob(JOURNAL.format("*")):
+            with open_file(journal) as lines:
                 for line in lines:
-                    if (name := _name_in(line)) is not None:
-                        self._lines[name] = line.rstrip("\n")
-        with self.path.open("ab+") as file:
+                    if (entry := _entry_in(line)) is not None:
+                        self._known.setdefault(entry.name, set()).add(_content(entry))
+        with _open_to_append(self.path) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 self._torn = file.read() != b"\n"
@@ -161,7 +211,7 @@ class Journal:
 
     def add(self, entry: Entry) -> None:
         """Write the entry down."""
-        data = ("\n" * self._torn + _line(entry) + "\n").encode("utf-8")
+        data = ("\n" * self._torn + json.dumps(entry._asdict()) + "\n").encode("ascii")
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             written = os.write(descriptor, data)
@@ -173,32 +223,24 @@ class Journal:
             os.close(descriptor)
         self._torn = False
 
-    def says(self, entry: Entry) -> bool | None:
-        """Whether it holds this very entry for the photo, the last one if several; None if it holds none."""
-        line = self._lines.get(entry.name)
-        return None if line is None else line == _line(entry)
+    def knows(self, entry: Entry) -> bool:
+        """Whether it tells of this mask of this photo and these labels; and of the maps, if there are any."""
+        return any(
+            known == _content(entry) if entry.maps else known[:-1] == _content(entry)[:-1]
+            for known in self._known.get(entry.name, ())
+        )
 
 
-def _line(entry: Entry) -> str:
-    return json.dumps(entry._asdict())  # in ASCII: a file's name may be no Unicode
+def _content(entry: Entry) -> tuple[object, ...]:
+    return entry.photo, entry.labels, entry.mask, entry.maps
 
 
-def _name_in(line: str) -> str | None:
-    """The photo of a line, None if the line was cut off or is of somebody else."""
+def _entry_in(line: bytes) -> Entry | None:
+    """The entry of a line that tells of a mask; None if it does not, was cut off or is of somebody else."""
     try:
-        name = json.loads(line)["name"]
+        fields = json.loads(line)
+        entry = Entry(**{**fields, "labels": tuple(fields["labels"])})
+        hash(entry)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return name if isinstance(name, str) else None
-
-
-def is_whole(mask_file: Path, photo: Path, labels: Tensor) -> bool:
-    """Whether a mask can be read, is of its photo's size, and of its labelled classes (C,) alone."""
-    try:
-        mask, size = io.read_mask(mask_file), io.image_size(photo)
-    except (OSError, ValueError):
-        return False
-    allowed = torch.zeros(256, dtype=torch.bool)
-    allowed[[0, 255]] = True
-    allowed[1 : 1 + len(labels)] = labels
-    return tuple(mask.shape) == size and bool(allowed[mask].all())
+    return entry if entry.mask and isinstance(entry.name, str) else None

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,10 +18,11 @@ from pseudolabel._maps import label_places, present_classes
 from pseudolabel.cam import infer_response_map, make_views, multi_scale_cam, normalize_cam
 from pseudolabel.cli._console import UserError
 from pseudolabel.cli._extractors import Way, find_way, maps_of
+from pseudolabel.cli._marks import digest_file, mark, refuse_foreign
 from pseudolabel.cli._models import class_places, load_classifier
 from pseudolabel.refine import CRF_PRESETS, DenseCRF, dense_crf
 
-__all__ = ["METHODS", "Entry", "MaskMaker", "Settings", "entry_of", "find_device"]
+__all__ = ["METHODS", "Entry", "MaskMaker", "Settings", "find_device"]
 
 
 def cam_method(
@@ -93,20 +95,22 @@ class Settings:
 
 
 class Entry(NamedTuple):
-    """What became of a photo.
+    """What became of a photo. Contents of files are told by their digests (`digest_file`).
 
     Attributes:
         name: The photo's name without suffix.
-        photo: Bytes of the photo's file.
+        photo: Content of the photo's file, as it was read.
         labels: Its classes, 0-based.
-        mask: Bytes of the mask's file, 0 if there is none.
-        skipped: Why there is none.
+        mask: Content of the mask's file, empty if there is none.
+        maps: Content of the maps' file, empty if there is none.
+        skipped: Why there is no mask.
     """
 
     name: str
-    photo: int
+    photo: str
     labels: tuple[int, ...]
-    mask: int
+    mask: str = ""
+    maps: str = ""
     skipped: str = ""
 
 
@@ -147,8 +151,10 @@ class MaskMaker:
         network = load_classifier(settings.model, settings.weights)
         mean = settings.mean or network.mean or IMAGENET_MEAN
         std = settings.std or network.std or IMAGENET_STD
-        if min(std) <= 0:
-            raise UserError(f"--std: expected numbers > 0, got {std}")
+        for name, values, least in (("mean", mean, -math.inf), ("std", std, 0)):
+            if not all(least < value < math.inf for value in values):  # a NaN fails as well
+                wanted = "numbers > 0" if name == "std" else "finite numbers"
+                raise UserError(f"--{name}: expected {wanted}, got {tuple(values)}")
         self.mean, self.std = (
             torch.tensor(each, device=self.device).view(1, 3, 1, 1) for each in (mean, std)
         )
@@ -163,7 +169,12 @@ class MaskMaker:
             known = f"{way.num_classes} classes, {'by name' if network.classes else 'in order'}"
             self.said.append(f"{len(places)} of the network's {known}; mean {tuple(mean)}, std {tuple(std)}")
         named = {name: getattr(settings, name) for name in ("model", "layer", "classifier", "flip")}
-        lists = {"scales": list(settings.scales), "mean": list(mean), "std": list(std)}
+        lists = {
+            "scales": list(settings.scales),
+            "mean": list(mean),
+            "std": list(std),
+            "classes": list(settings.classes),  # what the values of a mask mean
+        }
         gradients = {} if way.maps == "cam" else {"maps": way.maps}
         seen: dict[str, Any] = {**named, **lists, "weights": _digest(settings.weights, model), **gradients}
         self.record = {"method": settings.method, **self.options, **seen}
@@ -176,21 +187,26 @@ class MaskMaker:
         A photo that cannot be read or computed is skipped, and says why.
 
         Raises:
+            UserError: If a file in the way was not made here.
             OSError: If a mask cannot be written.
         """
         if len(photos) > 1 and self.settings.method == "infercam":  # looks at parts of each alone
             return self._one_by_one(photos, labels)
         try:
+            contents = [digest_file(photo) for photo in photos]
             masks_and_maps = self._compute(photos, labels)
+            if contents != [digest_file(photo) for photo in photos]:
+                raise UserError("the photo changed while it was in work")
         except Exception as error:  # whatever a photo or a network comes up with
             if len(photos) > 1:  # the others shall not suffer for it
                 return self._one_by_one(photos, labels)
             if self.debug:
                 raise
-            return [entry_of(photos[0], labels[0], skipped=str(error) or type(error).__name__)]
+            why = str(error) or type(error).__name__
+            return [Entry(photos[0].stem, "", _classes(labels[0]), skipped=why)]
         return [
-            self._write(photo, row, *made)
-            for photo, row, made in zip(photos, labels, masks_and_maps, strict=True)
+            self._write(Entry(photo.stem, content, _classes(row)), row, *made)
+            for photo, content, row, made in zip(photos, contents, labels, masks_and_maps, strict=True)
         ]
 
     def _one_by_one(self, photos: Sequence[Path], labels: Tensor) -> list[Entry]:
@@ -227,12 +243,22 @@ class MaskMaker:
         """The files of a photo, its mask first."""
         return [self.out / f"{name}.png", *([self.cams / f"{name}.npz"] if self.cams else [])]
 
-    def _write(self, photo: Path, labels: Tensor, mask: Tensor, maps: Tensor) -> Entry:
-        mask_file, *maps_file = self.files(photo.stem)
+    def entry_of(self, photo: Path, labels: Tensor) -> Entry:
+        """The entry of a photo with labels (C,) whose files are there."""
+        return self._with_files(Entry(photo.stem, digest_file(photo), _classes(labels)))
+
+    def _with_files(self, entry: Entry) -> Entry:
+        mask, *maps = (digest_file(path) for path in self.files(entry.name))
+        return entry._replace(mask=mask, maps="".join(maps))
+
+    def _write(self, entry: Entry, labels: Tensor, mask: Tensor, maps: Tensor) -> Entry:
+        mask_file, *maps_file = self.files(entry.name)
+        refuse_foreign(self.files(entry.name))
+        maps = maps.half()
         for path in maps_file:  # before the mask, which says that all is there
-            io.write_cam(path, maps, labels, dtype=torch.float16)
-        io.write_mask(mask_file, mask)
-        return entry_of(photo, labels, mask=mask_file)
+            io.write_cam(path, maps, labels, comment=mark(labels.nonzero()[:, 0], maps))
+        io.write_mask(mask_file, mask, comment=mark(mask.to(torch.uint8)))
+        return self._with_files(entry)
 
     def _rehearse(self) -> None:
         """Let a wrong setting fail now, and not at every photo."""
@@ -241,11 +267,8 @@ class MaskMaker:
         self.method(blank, blank[:, :1], torch.ones(1, 1), **self.options)
 
 
-def entry_of(photo: Path, labels: Tensor, *, mask: Path | None = None, skipped: str = "") -> Entry:
-    """The entry of a photo with labels (C,), and of its mask's file if there is one."""
-    size = photo.stat().st_size if photo.exists() else 0
-    classes = tuple(labels.nonzero()[:, 0].tolist())
-    return Entry(photo.stem, size, classes, mask.stat().st_size if mask else 0, skipped)
+def _classes(labels: Tensor) -> tuple[int, ...]:
+    return tuple(labels.nonzero()[:, 0].tolist())
 
 
 def _say(way: Way) -> list[str]:
@@ -264,7 +287,7 @@ def find_device(name: str) -> torch.device:
     """The device of that name, if it can be used here."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--device: {name!r} cannot be used here: {reason}") from error

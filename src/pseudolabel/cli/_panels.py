@@ -23,6 +23,11 @@ def class_colors() -> Tensor:
     return (voc_palette().float() / 255 * 1.7).clamp(max=1)
 
 
+def _colors_of(values: Tensor) -> Tensor:
+    """Colours (...,3) of mask values. Classes beyond those that a mask holds take the colours anew."""
+    return class_colors()[torch.where(values > 255, 1 + values % 254, values)]
+
+
 def show_mask(image: Tensor, mask: Tensor, opacity: float = 0.55) -> Tensor:
     """Blend the colours of a mask (H,W) over an image (3,H,W), with a line along its borders."""
     color = class_colors()[mask].movedim(-1, 0)
@@ -42,7 +47,7 @@ def show_cam(image: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
     if len(labels) == 0:
         return dark
     strength, place = cam.max(0)
-    return torch.lerp(dark, class_colors()[labels[place] + 1].movedim(-1, 0), strength.clamp(0, 1) * 0.9)
+    return torch.lerp(dark, _colors_of(labels[place] + 1).movedim(-1, 0), strength.clamp(0, 1) * 0.9)
 
 
 def draw_panels(
@@ -82,10 +87,10 @@ def draw_panels(
         if row_names:
             draw.text((MARGIN, y + height + 4), row_names[number], FAINT, font)
         y += height + below + MARGIN
-    colors = (class_colors() * 255).byte().tolist()
     for line in legend_lines:
         for x, value, name in line:
-            draw.rectangle((x, y, x + TEXT, y + TEXT), tuple(colors[value]), FAINT)
+            color = (_colors_of(torch.tensor(value)) * 255).byte().tolist()
+            draw.rectangle((x, y, x + TEXT, y + TEXT), tuple(color), FAINT)
             draw.text((x + TEXT + 6, y + TEXT / 2), name, INK, font, anchor="lm")
         y += TEXT + 12
     return canvas

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pseudolabel.cli._console import UserError, progress
 from pseudolabel.io._atomic import write_atomically
+from pseudolabel.io._files import MAX_BYTES, open_file
 
 __all__ = ["Settings", "is_first", "num_processes", "random_view", "sum_over_processes", "train"]
 
@@ -303,16 +304,21 @@ def _log(out: str | os.PathLike[str] | None, start: int) -> Iterator[Callable[[M
     path = Path(out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []:
+    for line in _lines_of(path) if start and path.exists() else []:
         try:
             if json.loads(line)["step"] > start:
                 break
-        except ValueError:  # the process died half-way through this line
-            break
-        kept.append(line + "\n")
-    write_atomically(path, "".join(kept).encode())
+        except (ValueError, LookupError, TypeError, RecursionError):
+            break  # the process died half-way through this line, or it is somebody else's
+        kept.append(line)
+    write_atomically(path, b"".join(kept))
     with path.open("a", encoding="utf-8", buffering=1) as file:  # a line is there once it is written
         yield lambda entry: print(json.dumps(entry), file=file)
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    with open_file(path, max_bytes=MAX_BYTES) as file:
+        return [line for line in file if line.endswith(b"\n")]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pseudolabel import io
 from pseudolabel.cam import CAM, multi_scale_cam, normalize_cam
 from pseudolabel.cli._console import UserError, in_threads, progress, report
+from pseudolabel.cli._folder import claim
 from pseudolabel.cli._panels import draw_panels, save_picture, show_cam, show_mask
 from pseudolabel.cli._scenes import CLASSES, draw_scenes
 from pseudolabel.masks import (
@@ -34,6 +35,8 @@ MEAN, STD = 0.45, 0.22  # of the drawn scenes
 ALPHAS = (2, 3, 4, 6, 8, 11, 16)  # exponents of the background to choose from
 SHRINK = 4  # the scenes are that much smaller than the photos which the CRF presets were made for
 
+
+FILES = ("images", "truth", "masks", "labels.csv", "classes.txt", "classifier.pt", "panels.png")
 
 Make = Callable[[int, float], Tensor]
 
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 12:
         raise UserError(f"--images: expected at least 12, got {args.images}")
     out = Path(args.out)
+    claim(out, "demo", FILES)
     images, truth, labels = draw_scenes(args.images, generator=torch.Generator().manual_seed(args.seed))
     images = (images * 255).round() / 255  # what the files will hold
     names = [f"scene_{index:04d}" for index in range(args.images)]

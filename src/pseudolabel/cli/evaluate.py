@@ -19,6 +19,7 @@ from pseudolabel.cli._console import (
     read_names,
     report_names,
 )
+from pseudolabel.cli._text import one_line
 from pseudolabel.metrics import PseudoLabelMetric, PseudoLabelResult
 
 __all__ = ["print_table", "run"]
@@ -94,6 +95,7 @@ def print_table(result: PseudoLabelResult, note: str = "") -> None:
     """Print the figures of each class, their means, and the conventions they follow."""
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
 
     absent = {
         "skip": "without a true pixel",
@@ -112,7 +114,8 @@ def print_table(result: PseudoLabelResult, note: str = "") -> None:
     for name, *figures in zip(
         result.class_names, result.iou.tolist(), result.over.tolist(), result.under.tolist(), strict=True
     ):
-        table.add_row(name, *("-" if math.isnan(figure) else f"{figure:.3f}" for figure in figures))
+        told = ("-" if math.isnan(figure) else f"{figure:.3f}" for figure in figures)
+        table.add_row(Text(one_line(name)), *told)
     table.add_section()
     means = (result.iou, result.over, result.under)
     table.add_row("mean (mIoU)", *(f"{float(mean.nanmean()):.3f}" for mean in means), style="bold")

@@ -23,8 +23,9 @@ from pseudolabel.cli._console import (
     report,
     report_names,
 )
-from pseudolabel.cli._folder import MAPS, Journal, is_whole, working_in
-from pseudolabel.cli._mask_maker import Entry, MaskMaker, Settings, entry_of, find_device
+from pseudolabel.cli._folder import MAPS, Journal, working_in
+from pseudolabel.cli._marks import refuse_foreign
+from pseudolabel.cli._mask_maker import Entry, MaskMaker, Settings, find_device
 from pseudolabel.io._atomic import remove_leftovers
 
 __all__ = ["find_device", "read_image_labels", "run"]
@@ -37,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
     labels = read_image_labels(args.labels, args.allow_pickle)
     everything, photos, missing = _find_photos(args, labels)
     out, cams = Path(args.out), Path(args.save_cams) if args.save_cams else None
+    for option, folder in (("--out", out), ("--save-cams", cams)):
+        if folder and folder.exists() and folder.samefile(args.images):
+            raise UserError(f"{option}: expected another folder than that of the photos, got {folder}")
     settings, batch_size, workers = Settings.of(args, labels.classes), _batch_size(args), _workers(args)
     remote = args.engine == "ray"  # then this process makes no masks, and needs no device
     if remote:
@@ -57,9 +61,8 @@ def run(args: argparse.Namespace) -> int:
                 working_in(cams, maker.maps_record, everything, overwrite=args.overwrite, kind=MAPS)
             )
         journal = Journal(out, "-{}-of-{}".format(*args.shard) if args.shard else "")
-        todo = set(photos)
-        if not args.overwrite:
-            todo = _unfinished(photos, labels, maker, journal, workers)
+        done = _look_around(photos, labels, maker, journal, workers)
+        todo = set(photos) if args.overwrite else photos.keys() - done
         batches = _batches(photos, labels, todo, batch_size)
         if remote:
             from pseudolabel.cli.ray import in_ray  # noqa: PLC0415
@@ -142,36 +145,29 @@ def _batch_size(args: argparse.Namespace) -> int:
     return int(args.batch_size or (1 if alone or args.device == "cpu" else 8))
 
 
-def _unfinished(
+def _look_around(
     photos: Mapping[str, str], labels: io.ImageLabels, maker: MaskMaker, journal: Journal, workers: int
 ) -> set[str]:
-    """Names of the photos whose masks are not there, or not of photo and labels as these are now."""
-    unfinished: set[str] = set()
-    unknown: list[Entry] = []
-    for name, photo in photos.items():
-        files = maker.files(name)
-        if not all(path.exists() for path in files):
-            unfinished.add(name)
-            continue
-        entry = entry_of(Path(photo), labels[name], mask=files[0])
-        said = journal.says(entry)
-        if said is None:
-            unknown.append(entry)
-        elif not said:
-            unfinished.add(name)
+    """Names of the photos that are done: the journal knows their masks, made of photo and labels as they are.
 
-    def check(entry: Entry) -> bool:
-        return is_whole(maker.files(entry.name)[0], Path(photos[entry.name]), labels[entry.name])
+    Raises:
+        UserError: If there are files in the way that were not made here.
+    """
 
-    # Of another program, or of a run that was killed between a mask and its line in the journal.
-    if unknown:
-        checked = in_threads(check, unknown, workers=workers, description="check masks that are there")
-        for entry, whole in zip(unknown, checked, strict=True):
-            if whole:
-                journal.add(entry)
-            else:
-                unfinished.add(entry.name)
-    return unfinished
+    def is_done(name: str) -> bool:
+        if not all(path.exists() for path in maker.files(name)):
+            return False
+        with suppress(OSError, ValueError):  # said when its turn comes
+            return journal.knows(maker.entry_of(Path(photos[name]), labels[name]))
+        return False
+
+    there = [name for name in photos if any(os.path.lexists(path) for path in maker.files(name))]
+    if not there:
+        return set()
+    found = in_threads(is_done, there, workers=workers, description="look at what is there")
+    done = {name for name, whole in zip(there, found, strict=True) if whole}
+    refuse_foreign(path for name in there if name not in done for path in maker.files(name))
+    return done
 
 
 def _batches(

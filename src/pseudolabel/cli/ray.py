@@ -49,13 +49,15 @@ class GenerateMasks:
     | column | what comes back |
     |---|---|
     | `name` | the photo's name without suffix |
-    | `photo` | bytes of its file |
+    | `photo` | digest of its file: 128 bits of the SHA-256, as hexadecimal digits |
     | `labels` | its classes, 0-based |
-    | `mask` | bytes of the mask's file, 0 if there is none |
-    | `skipped` | why there is none, else empty |
+    | `mask` | digest of the mask's file, empty if there is none |
+    | `maps` | digest of the maps' file, empty if there is none |
+    | `skipped` | why there is no mask, else empty |
 
     A photo that cannot be read or computed is skipped; the others are not concerned. Files appear complete or
-    not at all, so rows may be done twice, as Ray does when a worker was killed.
+    not at all, so rows may be done twice, as Ray does when a worker was killed. Files in `out` that were not
+    made by this program, or have changed since, are never replaced.
 
     Args:
         out: Folder of the masks, `NAME.png`; made if it is not there.
@@ -69,7 +71,7 @@ class GenerateMasks:
 
     Raises:
         ValueError: If network, weights and classes do not fit, or a setting is wrong; when it is called, if
-            the columns do not fit.
+            the columns do not fit, or a file in the way was not made here.
         OSError: If a folder cannot be made; when it is called, if a file cannot be written.
         TypeError: If a setting is missing or unknown.
     """

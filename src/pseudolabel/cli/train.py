@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pseudolabel import io
 from pseudolabel.cli._console import UserError, find_masks, read_names, report, report_names
+from pseudolabel.cli._folder import claim
 from pseudolabel.cli._models import load_model, load_weights
 from pseudolabel.cli._training import (
     Settings,
@@ -29,6 +30,7 @@ from pseudolabel.cli._training import (
     train,
 )
 from pseudolabel.cli.generate import find_device, read_image_labels
+from pseudolabel.io._atomic import remove_leftovers
 from pseudolabel.losses import PretendedUnderFittingLoss, UnderFittingMode, pretended_under_fitting_loss
 
 __all__ = ["Settings", "run", "segmentation_loss", "train_classifier", "train_segmenter"]
@@ -150,20 +152,22 @@ def run(args: argparse.Namespace) -> int:
             model = load_model(args.model)
         if args.weights:
             load_weights(model, args.weights)
-        out = Path(args.out)
-        if args.overwrite:
-            _forget(out)
         about = {
             "job": args.job,
             "model": args.model,
             "weights": _digest([Path(args.weights).read_bytes()]) if args.weights else None,
-            "photos": _digest(path.stem.encode() for path in photos),
+            "photos": _digest(part for path in photos for part in (path.stem.encode(), path.read_bytes())),
             "puf": puf,
         }
+        out = Path(args.out)
+        _take(out, args.weights, overwrite=args.overwrite)
         files = {"out": out, "about": about, "save_every": args.save_every, "workers": args.workers}
-        if isinstance(partners, Tensor):
-            about["labels"] = _digest([partners.numpy().tobytes()])
-            losses = train_classifier(model.to(device), photos, partners, settings, **files)
+        if isinstance(partners, io.ImageLabels):
+            about |= {
+                "classes": list(partners.classes),
+                "labels": _digest([partners.labels.numpy().tobytes()]),
+            }
+            losses = train_classifier(model.to(device), photos, partners.labels, settings, **files)
         else:
             about["masks"] = _digest(path.read_bytes() for path in partners)
             loss = partial(segmentation_loss, **puf) if puf else None
@@ -179,23 +183,29 @@ def run(args: argparse.Namespace) -> int:
 
 SCALES = {"classifier": (0.625, 1.25), "segmenter": (0.5, 2.0)}  # a label may lie outside of a small crop
 
+FILES = ("checkpoint.pt", "weights.pt", "log.jsonl")  # of OUT
 
-def _forget(out: Path) -> None:
-    """Take away what an earlier run has left, before any process looks for it."""
+
+def _take(out: Path, weights: str | None, *, overwrite: bool) -> None:
+    """Make OUT this command's own, and where it begins anew take away what an earlier run has left."""
+    if weights and Path(weights).resolve() in {(out / name).resolve() for name in FILES}:
+        raise UserError(f"--weights: {weights} would be replaced by this run; take another --out")
+    claim(out, "train", FILES)
     if is_first():
-        for name in ("checkpoint.pt", "weights.pt"):
+        remove_leftovers(out)
+        for name in FILES if overwrite else ():
             (out / name).unlink(missing_ok=True)
     if num_processes() > 1:
-        dist.barrier()
+        dist.barrier()  # before any process looks for a checkpoint
 
 
-def _find_labels(args: argparse.Namespace) -> tuple[list[Path], Tensor, bool]:
-    """Photos, their labels (N,C), and whether something was missing."""
+def _find_labels(args: argparse.Namespace) -> tuple[list[Path], io.ImageLabels, bool]:
+    """Photos, their labels, and whether something was missing."""
     if args.labels is None or args.masks is not None:
         raise UserError("a classifier is trained on --labels FILE, without --masks")
     labels = read_image_labels(args.labels, args.allow_pickle)
     photos, names, missing = _find_photos(args, labels.names, f"a row in {args.labels}")
-    return photos, labels.select(names), missing
+    return photos, io.ImageLabels(tuple(names), labels.classes, labels.select(names)), missing
 
 
 def _find_masks(args: argparse.Namespace) -> tuple[list[Path], list[Path], bool]:

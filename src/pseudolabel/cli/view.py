@@ -16,8 +16,12 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     """Draw the first photos that have a mask; say which have none."""
-    if Path(args.out).suffix.lower() != ".png":
+    out = Path(args.out)
+    if out.suffix.lower() != ".png":
         raise UserError(f"--out: expected a name that ends in .png, got {args.out!r}")
+    for folder in filter(None, (args.images, args.masks, args.truth)):
+        if out.exists() and out.parent.samefile(folder):
+            raise UserError(f"--out: {out} is there, in a folder of pictures to look at; it is not replaced")
     photos = {path.stem: path for path in io.find_images(args.images)}
     masks = find_masks(args.masks)
     names = [name for name in photos if name in masks][: args.limit]

@@ -2,8 +2,8 @@
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 __all__ = ["MAX_BYTES", "check_path", "open_file"]
 
@@ -19,7 +19,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"path: expected the name of a file, got {os.fspath(path)!r}")
 
 
-def open_file(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BinaryIO:
+def open_file(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BufferedReader:
     """Open a regular file, at most so large, or what a link leads to.
 
     A pipe would be waited for, and a device such as `/dev/zero` may have no end: both are refused unopened.

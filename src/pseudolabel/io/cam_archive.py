@@ -89,6 +89,7 @@ def write_cam(
     *,
     size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
+    comment: str = "",
 ) -> None:
     """Write the maps of one image's present classes to an `.npz` archive without pickle.
 
@@ -108,6 +109,7 @@ def write_cam(
         size: Size (H,W) of the photo, where the maps are smaller. That of the maps for None.
         dtype: `torch.float16` halves the file and keeps 11 bits of each value; `torch.float32`. For None,
             float16 stays and all else becomes float32.
+        comment: ASCII text that the file carries beside its arrays (the comment of a zip archive).
 
     Raises:
         TypeError: If `cam` is not of a floating dtype.
@@ -150,6 +152,9 @@ def write_cam(
         size=np.array(stored.size, dtype=np.int64),
         version=np.array(_VERSION, dtype=np.int64),
     )
+    if comment:
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.comment = comment.encode("ascii")
     write_atomically(path, buffer.getvalue())
 
 

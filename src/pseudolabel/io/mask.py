@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from pseudolabel._checks import check_integer, check_shapes
@@ -59,7 +59,11 @@ def read_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> 
 
 
 def write_mask(
-    path: str | os.PathLike[str], mask: Tensor | np.ndarray, *, palette: Tensor | None = None
+    path: str | os.PathLike[str],
+    mask: Tensor | np.ndarray,
+    *,
+    palette: Tensor | None = None,
+    comment: str = "",
 ) -> None:
     """Write a mask as a palette PNG: viewers show its classes in colour, readers find its indices.
 
@@ -70,6 +74,7 @@ def write_mask(
         mask: Label map (H,W) or (1,H,W) of any integer dtype, values 0..255.
         palette: Colours (n,3) uint8 of the indices 0..n-1, n <= 256; the others keep the VOC colour. VOC
             colours for None.
+        comment: Text that the file carries beside its pixels (a PNG text chunk `Comment`).
 
     Raises:
         TypeError: If `mask` is not of an integer dtype or `palette` not uint8.
@@ -85,8 +90,11 @@ def write_mask(
     _check_mask(mask, "H W")
     picture = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
     picture.putpalette(_full_palette(palette).numpy().tobytes())
+    texts = PngImagePlugin.PngInfo()
+    if comment:
+        texts.add_text("Comment", comment)
     encoded = io.BytesIO()
-    picture.save(encoded, "PNG")
+    picture.save(encoded, "PNG", pnginfo=texts)
     write_atomically(path, encoded.getvalue())
 
 
