@@ -8,42 +8,62 @@ import threading
 import time
 
 import pytest
+import torch
 
+from pseudolabel import io
 from pseudolabel.cli._console import UserError
 from pseudolabel.cli._folder import Journal, token, working_in
+from pseudolabel.cli._marks import mark
 from pseudolabel.cli._mask_maker import Entry
 from pseudolabel.io._atomic import remove_leftovers
 
-CAT = Entry("cat", photo=100, labels=(3, 7), mask=40)
+# Of nobody's: lines that are JSON, and yet no entry.
+ODD = b"""5
+null
+{"name": "cat"}
+{"name": "cat", "photo": "a7", "labels": 3, "mask": "4e"}
+{"name": "cat", "photo": "a7", "labels": [[]], "mask": "4e"}
+{"name": "cat", "photo": "a7", "labels": [3, 7], "mask": "4e", "maps": "1f", "more": 1}
+{"name": ["cat"], "photo": "a7", "labels": [3, 7], "mask": "4e", "maps": "1f"}
+{"name": "cat", "photo": {}, "labels": [3, 7], "mask": "4e", "maps": "1f"}
+"""
+
+CAT = Entry("cat", photo="a7", labels=(3, 7), mask="4e", maps="1f")
 
 
 def test_a_journal_knows_what_it_was_told(tmp_path):
     journal = Journal(tmp_path)
-    assert journal.says(CAT) is None
+    assert not journal.knows(CAT)
     journal.add(CAT)
-    journal.add(Entry("dog", 5, (), 0, skipped="dog.jpg: cut\noff"))
-    journal.add(Entry("ünïcode 犬 \udcff", 5, (), 7))
+    journal.add(Entry("dog", "05", (), skipped="dog.jpg: cut\noff"))
+    journal.add(Entry("ünïcode 犬 \udcff", "05", (), "07"))
     journal = Journal(tmp_path)
-    assert journal.says(CAT) is True
-    assert journal.says(Entry("ünïcode 犬 \udcff", 5, (), 7)) is True
-    for change in ({"photo": 101}, {"labels": (3,)}, {"mask": 41}, {"skipped": "?"}):
-        assert journal.says(CAT._replace(**change)) is False
-    assert journal.says(CAT._replace(name="dog")) is False
-    assert journal.says(CAT._replace(name="cow")) is None
+    assert journal.knows(CAT)
+    assert journal.knows(CAT._replace(maps=""))  # where nobody asks for maps
+    assert journal.knows(Entry("ünïcode 犬 \udcff", "05", (), "07"))
+    assert not journal.knows(Entry("ünïcode 犬 \udcff", "05", (), "07", maps="1f"))
+    for change in ({"photo": "a8"}, {"labels": (3,)}, {"mask": "4f"}, {"maps": "1e"}):
+        assert not journal.knows(CAT._replace(**change))
+    for name in ("dog", "cow"):
+        assert not journal.knows(CAT._replace(name=name))
+    assert not journal.knows(Entry("dog", "05", ()))
     lines = [json.loads(line) for line in (tmp_path / "pseudolabel.jsonl").read_text("utf-8").splitlines()]
-    assert lines[0] == {"name": "cat", "photo": 100, "labels": [3, 7], "mask": 40, "skipped": ""}
+    told = {"name": "cat", "photo": "a7", "labels": [3, 7], "mask": "4e", "maps": "1f", "skipped": ""}
+    assert lines[0] == told
     assert lines[1]["skipped"] == "dog.jpg: cut\noff"
 
 
-def test_the_last_line_of_a_photo_holds(tmp_path):
+def test_each_line_of_a_photo_holds(tmp_path):
+    """For they tell of contents: whichever the files have, they have from that line's run."""
     journal = Journal(tmp_path)
     journal.add(CAT)
-    journal.add(CAT._replace(mask=50))
-    assert Journal(tmp_path).says(CAT) is False
-    assert Journal(tmp_path).says(CAT._replace(mask=50)) is True
+    journal.add(CAT._replace(mask="50"))
+    assert Journal(tmp_path).knows(CAT)
+    assert Journal(tmp_path).knows(CAT._replace(mask="50"))
+    assert not Journal(tmp_path).knows(CAT._replace(mask="51"))
 
 
-@pytest.mark.parametrize("cut", range(1, 76, 6))
+@pytest.mark.parametrize("cut", range(1, 96, 6))
 def test_a_line_that_was_cut_off_harms_no_other(tmp_path, cut):
     path, dog = tmp_path / "pseudolabel.jsonl", CAT._replace(name="dog")
     journal = Journal(tmp_path)
@@ -51,28 +71,48 @@ def test_a_line_that_was_cut_off_harms_no_other(tmp_path, cut):
     journal.add(dog)
     path.write_bytes(path.read_bytes()[:-cut])
     journal = Journal(tmp_path)
-    assert journal.says(dog) is (True if cut == 1 else None)  # where the line's end alone is missing
+    assert journal.knows(dog) is (cut == 1)  # where the line's end alone is missing
     journal.add(CAT._replace(name="cow"))
     journal.add(dog)
     journal = Journal(tmp_path)
-    assert all(journal.says(entry) for entry in (CAT, dog, CAT._replace(name="cow")))
+    assert all(journal.knows(entry) for entry in (CAT, dog, CAT._replace(name="cow")))
 
 
 def test_lines_of_somebody_else_are_passed_over(tmp_path):
     path = tmp_path / "pseudolabel.jsonl"
-    path.write_bytes(b'\xff\xfe\n[1]\n"cat"\n{}\n{"name": 3}\n\n' + b"[" * 100_000 + b"\n")
+    path.write_bytes(b'\xff\xfe\n[1]\n"cat"\n{}\n{"name": 3}\n\n' + b"[" * 100_000 + b"\n" + ODD)
     journal = Journal(tmp_path)
-    assert journal.says(CAT) is None
+    assert not journal.knows(CAT)
     journal.add(CAT)
-    assert Journal(tmp_path).says(CAT) is True
+    assert Journal(tmp_path).knows(CAT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["pseudolabel.jsonl", "pseudolabel-1-of-2.jsonl"])
+def test_what_never_ends_is_no_journal(tmp_path, kind, name):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=name):
+        Journal(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files")
+@pytest.mark.parametrize("name", [".pseudolabel.lock", "pseudolabel.json"])
+def test_what_never_ends_is_no_lock_and_no_record(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=name), enter(tmp_path, {"alpha": 1}):
+        pass
 
 
 def test_shards_write_their_own_and_read_all(tmp_path):
     Journal(tmp_path, "-1-of-2").add(CAT)
     second = Journal(tmp_path, "-2-of-2")
     second.add(CAT._replace(name="dog"))
-    assert second.says(CAT) is True
-    assert Journal(tmp_path).says(CAT._replace(name="dog")) is True
+    assert second.knows(CAT)
+    assert Journal(tmp_path).knows(CAT._replace(name="dog"))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["pseudolabel-1-of-2.jsonl", "pseudolabel-2-of-2.jsonl", "pseudolabel.jsonl"]
 
@@ -90,7 +130,7 @@ def test_several_write_into_one_journal(tmp_path):
     for thread in threads:
         thread.join()
     journal = Journal(tmp_path)
-    assert all(journal.says(CAT._replace(name=f"{n}-{place}")) for n in range(4) for place in range(100))
+    assert all(journal.knows(CAT._replace(name=f"{n}-{place}")) for n in range(4) for place in range(100))
 
 
 @pytest.mark.parametrize("cut", [0, 10])
@@ -110,9 +150,9 @@ def test_a_journal_on_a_full_disk(tmp_path, monkeypatch, cut):
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "pseudolabel.jsonl")
     journal = Journal(tmp_path)
-    assert journal.says(CAT) is None
+    assert not journal.knows(CAT)
     journal.add(CAT)
-    assert Journal(tmp_path).says(CAT) is True
+    assert Journal(tmp_path).knows(CAT)
 
 
 # Who works here
@@ -122,10 +162,15 @@ def enter(folder, settings, names=(), *, overwrite=False):
     return working_in(folder, settings, names, overwrite=overwrite)
 
 
+def write_mask_of_ours(path):
+    mask = torch.zeros(2, 3, dtype=torch.uint8)
+    io.write_mask(path, mask, comment=mark(mask))
+
+
 def test_settings_are_written_down_once_and_hold(tmp_path):
     with enter(tmp_path, {"alpha": 1}):
         pass
-    (tmp_path / "a.png").write_bytes(b"mask")
+    write_mask_of_ours(tmp_path / "a.png")
     with enter(tmp_path, {"alpha": 1}):
         pass
     with pytest.raises(

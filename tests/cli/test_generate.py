@@ -121,8 +121,8 @@ def test_goes_on_where_it_stopped(data, capsys):
     assert main(data.generate()) == 0
     before = made(data.out)
     (data.out / "photo1.png").unlink()
-    (data.out / "photo2.png").write_bytes(before["photo2.png"][:30])  # of another program: not whole
-    io.write_mask(data.out / "photo3.png", torch.zeros(3, 3, dtype=torch.uint8))  # of another photo
+    (data.out / "photo2.png").write_bytes(before["photo3.png"])  # made here, and of another photo
+    (data.out / "photo3.png").unlink()
     times = {name: (data.out / name).stat().st_mtime_ns for name in ("photo0.png", "photo4.png")}
     capsys.readouterr()
     assert main(data.generate()) == 0
@@ -156,6 +156,10 @@ def test_masks_of_other_settings_are_not_mixed(data, capsys):
     (data.out / "pseudolabel.json").write_text("{")
     assert main(data.generate()) == 2
     assert "pseudolabel.json" in capsys.readouterr().err
+    (data.out / "pseudolabel.json").unlink()
+    assert main(data.generate()) == 2
+    assert "made in an unknown way" in capsys.readouterr().err
+    assert made(data.out) == before
     assert main(data.generate("--alpha", "3", "--overwrite")) == 0
     assert json.loads((data.out / "pseudolabel.json").read_text())["settings"]["alpha"] == 3
 
@@ -165,11 +169,11 @@ def test_what_an_interrupted_overwrite_leaves_is_not_taken_for_its_own(data, cap
     assert main(data.generate()) == 0
     write, written = io.write_mask, []
 
-    def interrupted(path, mask):
+    def interrupted(path, mask, **more):
         if written:
             raise KeyboardInterrupt
         written.append(path)
-        write(path, mask)
+        write(path, mask, **more)
 
     monkeypatch.setattr(io, "write_mask", interrupted)
     assert main(data.generate("--alpha", "3", "--overwrite", "--workers", "1")) == 130

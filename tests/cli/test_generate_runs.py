@@ -1,5 +1,6 @@
 """Runs of `generate` that are killed, that meet in one folder, or find the disk full."""
 
+import hashlib
 import json
 import os
 import random
@@ -101,7 +102,8 @@ def test_killed_at_random_moments_and_run_again(many, batch_size):
         server.stdin.close()
     entries = journal(out)
     assert set(entries) == set(many.names)
-    assert all(entry["mask"] == len(whole[f"{name}.png"]) for name, entry in entries.items())
+    for name, entry in entries.items():
+        assert entry["mask"] == hashlib.sha256(whole[f"{name}.png"]).hexdigest()[:32]
 
 
 def test_a_journal_spares_the_reading_of_masks(many, monkeypatch, capsys):
@@ -116,12 +118,15 @@ def test_a_journal_spares_the_reading_of_masks(many, monkeypatch, capsys):
 
 
 def test_a_photo_that_was_replaced_makes_its_mask_anew(many, capsys):
-    """Also by one of the same size in pixels."""
+    """Also by one of as many pixels, bytes and nanoseconds."""
+    path = many.images / "photo03.png"
+    photo = Image.open(path)
+    photo.save(path, compress_level=0)
     assert main(many.generate(out=many.out)) == 0
-    before = files(many.out)
-    Image.open(many.images / "photo03.png").transpose(Image.Transpose.ROTATE_180).save(
-        many.images / "photo03.png"
-    )
+    before, found = files(many.out), path.stat()
+    photo.transpose(Image.Transpose.ROTATE_180).save(path, compress_level=0)
+    assert path.stat().st_size == found.st_size
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
     capsys.readouterr()
     assert main(many.generate(out=many.out)) == 0
     assert "1 masks made, 23 were there already" in capsys.readouterr().err
@@ -130,18 +135,85 @@ def test_a_photo_that_was_replaced_makes_its_mask_anew(many, capsys):
     assert changed <= {"photo03.png", "maps/photo03.npz"}
 
 
-def test_masks_without_a_journal_are_looked_at(many, capsys):
-    """As those of an earlier version, or of a run that was killed before it wrote the line."""
+def test_masks_without_a_line_in_the_journal_are_made_anew(many, capsys):
+    """Nothing says what they were made of; a run that was killed leaves a few. They may be replaced."""
     assert main(many.generate(out=many.out)) == 0
     before, path = files(many.out), many.out / "pseudolabel.jsonl"
-    path.unlink()
-    (many.out / "photo02.png").write_bytes(before["photo02.png"][:40])
-    (many.out / "maps" / "photo04.npz").unlink()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))
     capsys.readouterr()
     assert main(many.generate(out=many.out)) == 0
     assert "2 masks made, 22 were there already" in capsys.readouterr().err
     assert files(many.out) == before
     assert set(journal(many.out)) == set(many.names)
+
+
+@pytest.mark.parametrize("harm", ["gone", "empty", "another photo's"])
+def test_maps_that_are_not_those_of_the_photo_are_made_anew(many, capsys, harm):
+    assert main(many.generate(out=many.out)) == 0
+    before, path = files(many.out), many.out / "maps" / "photo04.npz"
+    if harm == "gone":
+        path.unlink()
+    elif harm == "empty":  # not made here: it stays, and somebody has to look
+        path.write_bytes(b"")
+        assert main(many.generate(out=many.out)) == 2
+        assert "photo04.npz" in capsys.readouterr().err
+        assert path.read_bytes() == b""
+        path.unlink()
+    else:
+        shutil.copyfile(many.out / "maps" / "photo05.npz", path)
+    capsys.readouterr()
+    assert main(many.generate(out=many.out)) == 0
+    assert "1 masks made, 23 were there already" in capsys.readouterr().err
+    assert files(many.out) == before
+
+
+def test_a_photo_that_changes_while_it_is_in_work_is_not_done(many, monkeypatch, capsys):
+    path = many.images / "photo05.png"
+    read = io.read_image
+
+    def read_then_changed(photo, **more):
+        image = read(photo, **more)
+        if Path(photo) == path:
+            Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+        return image
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "read_image", read_then_changed)
+        assert main(many.generate(out=many.out)) == 1
+    assert "skipped photo05.png: the photo changed while it was in work" in capsys.readouterr().err
+    assert not (many.out / "photo05.png").exists()
+    assert main(many.generate(out=many.out)) == 0
+    assert "1 masks made, 23 were there already" in capsys.readouterr().err
+
+
+def test_other_names_of_the_same_columns_are_other_masks(many, capsys):
+    assert main(many.generate(out=many.out)) == 0
+    before = files(many.out)
+    header, *rows = many.csv.read_text().splitlines()
+    first, second = header.split(",")[1:3]
+    swapped = header.replace(first, "?").replace(second, first).replace("?", second)
+    many.csv.write_text("\n".join([swapped, *rows]) + "\n")
+    assert main(many.generate(out=many.out)) == 2
+    err = capsys.readouterr().err
+    assert "'classes'" in err
+    assert "--overwrite" in err
+    assert files(many.out) == before
+
+
+@pytest.mark.parametrize("first", ["shard", "whole"])
+def test_a_photo_that_changes_is_made_once_whichever_journal_knows_it(many, capsys, first):
+    """A line of any journal that agrees is enough."""
+    shard = ("--shard", "1/1")
+    orders = {"shard": (shard, ()), "whole": ((), shard)}[first]
+    for options in orders:
+        assert main(many.generate(*options, out=many.out)) == 0
+    path = many.images / "photo03.png"
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    for options, made in ((orders[1], 1), (orders[0], 0), (orders[1], 0), (orders[0], 0)):
+        capsys.readouterr()
+        assert main(many.generate(*options, out=many.out)) == 0
+        assert f"{made} masks made, {24 - made} were there" in capsys.readouterr().err
 
 
 def test_skipped_photos_stand_in_the_journal_and_are_tried_again(many, capsys):

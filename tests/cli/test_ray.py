@@ -13,6 +13,7 @@ from pseudolabel import io
 from pseudolabel.cli import main
 from pseudolabel.cli import ray as engine
 from pseudolabel.cli._console import UserError
+from pseudolabel.cli._marks import digest_file
 from pseudolabel.cli.ray import GenerateMasks, _Worker
 
 
@@ -51,8 +52,8 @@ def test_rows_become_the_files_of_the_command(form, data, generate):
     assert found["name"].tolist() == data.names
     assert found["skipped"].tolist() == [""] * 5
     assert [row.tolist() for row in found["labels"]] == [row.nonzero()[:, 0].tolist() for row in data.labels]
-    assert found["mask"].tolist() == [(data.out / f"{name}.png").stat().st_size for name in data.names]
-    assert found["photo"].tolist() == [(data.images / f"{name}.png").stat().st_size for name in data.names]
+    assert found["mask"].tolist() == [digest_file(data.out / f"{name}.png") for name in data.names]
+    assert found["photo"].tolist() == [digest_file(data.images / f"{name}.png") for name in data.names]
 
 
 def test_rows_of_one_number_go_together(data, generate, monkeypatch):
@@ -82,7 +83,7 @@ def test_what_is_skipped_says_why(data, generate):
     found = generate(rows(data))
     assert [bool(reason) for reason in found["skipped"]] == [False, True, False, False, False]
     assert "photo1.png" in found["skipped"][1]
-    assert found["mask"][1] == 0
+    assert found["mask"][1] == ""
     assert not (data.root / "new" / "rows" / "photo1.png").exists()
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import pseudolabel as pl
@@ -129,7 +130,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(job, more, monkeypatch
 def test_a_finished_run_is_left_as_it_is(job, capsys):
     assert main(job.classifier()) == 0
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
-    assert before.keys() == {"checkpoint.pt", "log.jsonl", "weights.pt"}
+    assert before.keys() == {"checkpoint.pt", "log.jsonl", "pseudolabel.json", "weights.pt"}
     Path("run/weights.pt").unlink()  # as if killed between the two
     assert main(job.classifier()) == 0
     assert "all done before" in capsys.readouterr().err
@@ -172,6 +173,21 @@ def test_other_data_are_refused(job, data, capsys):
     data.write_labels(data.names, ~data.labels)
     assert main(job.classifier(out="run2")) == 2
     assert "{'labels': " in capsys.readouterr().err
+    data.write_labels(data.names, data.labels)
+    text = data.csv.read_text()
+    data.csv.write_text(text.replace("ring", "disk", 1))
+    assert data.csv.read_text() != text
+    assert main(job.classifier(out="run2")) == 2
+    assert "{'classes': " in capsys.readouterr().err
+
+
+def test_other_photos_of_the_same_names_are_refused(job, data, capsys):
+    assert main(job.segmenter()) == 0
+    assert main(job.segmenter()) == 0
+    path = data.images / "photo3.png"
+    Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    assert main(job.segmenter()) == 2
+    assert "{'photos': " in capsys.readouterr().err
 
 
 def test_what_does_not_change_the_result_may_differ(job):

@@ -16,6 +16,7 @@ from pseudolabel import io
 from pseudolabel.cli import main
 from pseudolabel.cli._console import UserError
 from pseudolabel.cli._folder import Journal
+from pseudolabel.cli._marks import digest_file
 from pseudolabel.cli._mask_maker import Settings
 from pseudolabel.cli.ray import in_ray
 
@@ -79,7 +80,7 @@ def test_all_workers_are_killed(ray, data, files):
                 os.kill(pid, signal.SIGKILL)
         found.append(entry)
     assert sorted(entry.name for entry in found) == data.names
-    assert all(entry.mask == (data.root / "ray" / f"{entry.name}.png").stat().st_size for entry in found)
+    assert all(entry.mask == digest_file(data.root / "ray" / f"{entry.name}.png") for entry in found)
     assert set(data.opened()) - first
     assert main(data.generate("local")) == 0
     local = files(data.root, "local")

@@ -48,7 +48,7 @@ def claim(folder: Path, command: str, files: Iterable[str]) -> None:
     Raises:
         UserError: If it has, or is another command's.
     """
-    record = _read_record(folder)
+    record = _read_record(folder, command)
     if record is None:
         if there := [name for name in files if os.path.lexists(folder / name)]:
             raise UserError(
@@ -57,12 +57,14 @@ def claim(folder: Path, command: str, files: Iterable[str]) -> None:
             )
         folder.mkdir(parents=True, exist_ok=True)
         _write_record(folder, command)
-    elif record.get("command") != command:
-        raise UserError(f"{folder}: is no folder of `pseudolabel {command}`; take another --out")
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    """What a command has written down of its folder, None if none has."""
+def _read_record(folder: Path, command: str) -> dict[str, Any] | None:
+    """What this command has written down of a folder, None if none has.
+
+    Raises:
+        UserError: If it is another command's folder, or the record somebody else's.
+    """
     path = folder / SETTINGS
     try:
         with open_file(path, max_bytes=MAX_BYTES) as file:
@@ -71,8 +73,8 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or "command" not in record:
-        raise UserError(f"{path}: expected what this program has written there; take another folder")
+    if not isinstance(record, dict) or record.get("command") != command:
+        raise UserError(f"{path}: is not of `pseudolabel {command}`; take another --out")
     return record
 
 
@@ -154,11 +156,9 @@ def _settle(
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     """The settings of a folder, none if it has none yet."""
-    record = _read_record(folder)
-    if record is None:
-        return {}
-    settings = record.get("settings")
-    return settings if isinstance(settings, dict) and settings else {"command": record["command"]}
+    record = _read_record(folder, "generate") or {}
+    settings = record.get("settings", {})
+    return settings if isinstance(settings, dict) else {"settings": settings}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
