@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from pseudolabel.cli import _console
-from pseudolabel.cli._console import as_done, in_threads, progress
+from pseudolabel.cli._console import UserError, as_done, find_masks, in_threads, progress, report
 from pseudolabel.cli._text import one_line
 
 
@@ -80,6 +80,51 @@ def test_the_bar_tells_rate_and_time_left(monkeypatch):
     assert "4/4" in last
     assert "/s" in last
     assert last.count("0:00:0") == 2  # since the start, and to the end
+
+
+class Deaf(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text=""):
+        raise self.error
+
+    flush = write
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "full"), ValueError("closed")]
+)
+def test_messages_that_nobody_reads_stop_no_work(monkeypatch, error):
+    monkeypatch.setattr("sys.stderr", Deaf(error))
+    report("one")
+    with progress("make", 2) as step:
+        step()
+        step()
+    assert in_threads(abs, [-1, 2], workers=2, description="work") == [1, 2]
+
+
+def test_whoever_interrupts_is_told_what_is_waited_for(capsys):
+    def work(number):
+        time.sleep(0.02)
+        return number
+
+    results = as_done(work, range(10), workers=2)
+    next(results)
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt)
+    assert "in work are finished first" in capsys.readouterr().err
+
+
+def test_two_masks_of_one_name(tmp_path):
+    for name in ("a.png", "b.png", "a.txt", "b.png.png"):
+        (tmp_path / name).touch()
+    assert set(find_masks(tmp_path)) == {"a", "b", "b.png"}
+    (tmp_path / "a.PNG").touch()
+    if len(list(tmp_path.iterdir())) == 5:  # as names are told apart by their letters' case
+        with pytest.raises(UserError, match=r"'a\.PNG' and 'a\.png'"):
+            find_masks(tmp_path)
 
 
 def test_lines_where_there_is_no_terminal(monkeypatch, capsys):

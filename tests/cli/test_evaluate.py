@@ -49,6 +49,35 @@ def test_table(folders, capsys):
     assert "0.644" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("[/]", "[/]"),
+        ("[red]cat", "[red]cat"),
+        ("[link=file:x]cat[/link]", "[link=file:x]cat[/link]"),
+        (":smile:", ":smile:"),
+        ("cat\x1b]0;owned\x07\x1b[2J", r"cat\x1b]0;owned\x07\x1b[2J"),
+    ],
+)
+def test_names_of_classes_cannot_steer_the_terminal(folders, capsys, name, said):
+    root, _ = folders
+    (root / "classes.txt").write_text(f"background\n{name}\ndog\n")
+    assert evaluate(root, "--classes", str(root / "classes.txt")) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    assert "\x1b" not in out
+
+
+def test_two_masks_of_one_name_are_refused(folders, capsys):
+    root, _ = folders
+    (root / "masks" / "a.png").rename(root / "masks" / "a.PNG")
+    assert evaluate(root) == 0  # one alone will do
+    (root / "masks" / "a.png").write_bytes((root / "masks" / "a.PNG").read_bytes())
+    if len(list((root / "masks").iterdir())) == 3:
+        assert evaluate(root) == 2
+        assert "a.PNG" in capsys.readouterr().err
+
+
 def test_classes_are_counted_where_nothing_tells_them(folders, capsys):
     root, write = folders
     write("truth", "c", [[4]])

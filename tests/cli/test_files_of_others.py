@@ -170,7 +170,7 @@ def test_commands_keep_to_their_own_folders(data, capsys):
     assert main(data.generate()) == 0
     assert main(train(data, data.root / "run")) == 0
     assert main(train(data, data.out)) == 2
-    assert "take another --out" in capsys.readouterr().err
+    assert "take another folder" in capsys.readouterr().err
     assert main(data.generate(out=data.root / "run")) == 2
     assert "--out" in capsys.readouterr().err
     assert main(["demo", "--out", str(data.out), "--images", "12"]) == 2

@@ -187,6 +187,20 @@ def test_what_an_interrupted_overwrite_leaves_is_not_taken_for_its_own(data, cap
     assert made(data.out) == made(data.root / "wanted")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--mean", "nan", "0", "0"), "--mean: expected finite numbers"),
+        (("--std", "1", "inf", "1"), "--std: expected numbers > 0"),
+        (("--std", "1", "nan", "1"), "--std: expected numbers > 0"),
+        (("--device", "meta"), "--device: 'meta' cannot be used here"),
+    ],
+)
+def test_settings_that_make_no_masks(data, capsys, more, said):
+    assert main(data.generate(*more)) == 2
+    assert said in capsys.readouterr().err
+
+
 # Photos of all kinds
 
 

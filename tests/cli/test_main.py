@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,59 @@ def test_an_error_is_one_line_and_debug_shows_the_rest(capsys, tmp_path):
     for arguments in (["--debug", "evaluate", missing, missing], ["evaluate", missing, missing, "--debug"]):
         with pytest.raises(FileNotFoundError):
             main(arguments)
+
+
+def test_a_fault_of_the_program_has_a_code_of_its_own(monkeypatch, capsys):
+    """1 means that all was done but for some images."""
+
+    def fail(_args):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("pseudolabel.cli.evaluate.run", fail)
+    assert main(["evaluate", "a", "b"]) == 3
+    assert "RuntimeError: unforeseen" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        main(["evaluate", "a", "b", "--debug"])
+
+
+COMMANDS = {
+    "generate": lambda data: data.generate(),
+    "evaluate": lambda data: ["evaluate", str(data.truth), str(data.truth)],
+    "json": lambda data: ["evaluate", str(data.truth), str(data.truth), "--json"],
+}
+
+
+def run_deaf(words, stream, how):
+    """A command in a process of its own, one of whose streams takes nothing."""
+    if how == "full":
+        sink = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, sink = os.pipe()
+        os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: sink}
+    done = subprocess.run([sys.executable, "-m", "pseudolabel", *words], **streams, text=True, check=False)
+    os.close(sink)
+    return done
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("how", ["full", "pipe"])
+def test_messages_that_cannot_be_written_stop_nothing(data, how):
+    (data.images / "photo1.png").write_bytes(b"no photo")  # which is reported
+    done = run_deaf(data.generate(), "stderr", how)
+    assert done.returncode == 1
+    assert len(list(data.out.glob("*.png"))) == 4
+    assert run_deaf(COMMANDS["json"](data), "stderr", how).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("how", ["full", "pipe"])
+@pytest.mark.parametrize("command", ["evaluate", "json"])
+def test_results_that_cannot_be_written_are_an_error(data, command, how):
+    done = run_deaf(COMMANDS[command](data), "stdout", how)
+    assert done.returncode == 2
+    assert done.stderr.count("the results cannot be written") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_interrupted(monkeypatch, capsys):

@@ -127,6 +127,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(job, more, monkeypatch
     assert same(weights("run"), weights("whole"))
 
 
+@pytest.mark.parametrize("line", [b"{}", b"5", b"null", b'{"step": "7"}', b"\xff\xfe", b"[" * 100_000, b""])
+def test_a_line_of_the_log_that_is_no_step(job, line, monkeypatch):
+    """Whatever stands there: the log goes on after the steps of the checkpoint that can be read."""
+    assert main(job.segmenter(out="whole")) == 0
+    monkeypatch.setenv("STOP_IN_STEP", "7")
+    assert main(job.segmenter()) == 130
+    lines = Path("run/log.jsonl").read_bytes().splitlines(keepends=True)
+    Path("run/log.jsonl").write_bytes(b"".join([*lines[:4], line + b"\n", *lines[4:]]))
+    monkeypatch.delenv("STOP_IN_STEP")
+    assert main(job.segmenter()) == 0
+    assert log("run") == log("whole")
+
+
 def test_a_finished_run_is_left_as_it_is(job, capsys):
     assert main(job.classifier()) == 0
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}

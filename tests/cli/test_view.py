@@ -4,7 +4,7 @@ from PIL import Image
 
 from pseudolabel import io
 from pseudolabel.cli import main
-from pseudolabel.cli._panels import class_colors, draw_panels, show_cam, show_mask
+from pseudolabel.cli._panels import _colors_of, class_colors, draw_panels, show_cam, show_mask
 
 
 def view(data, *more):
@@ -47,6 +47,20 @@ def test_nothing_to_show(data, capsys):
 def test_out_must_be_png(data, capsys):
     assert main(["view", str(data.images), str(data.truth), "--out", "picture.jpg"]) == 2
     assert ".png" in capsys.readouterr().err
+
+
+def test_classes_beyond_those_of_a_mask(data):
+    """An archive may hold them; they take the colours anew."""
+    cams = data.root / "cams"
+    cams.mkdir()
+    for name in data.names:
+        labels = torch.zeros(400)
+        labels[[3, 254, 399]] = 1
+        io.write_cam(cams / f"{name}.npz", torch.rand(3, 5, 6), labels, size=(40, 48))
+    _, code = view(data, "--cams", str(cams))
+    assert code == 0
+    colors = _colors_of(torch.tensor([4, 254, 255, 256, 400]))
+    assert torch.equal(colors, class_colors()[[4, 254, 255, 3, 147]])
 
 
 def test_show_mask_colors_classes_and_dims_background():

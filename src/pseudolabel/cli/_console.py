@@ -35,6 +35,7 @@ __all__ = [
     "report",
     "report_names",
     "stderr",
+    "stdout",
 ]
 
 Item = TypeVar("Item")
@@ -45,7 +46,7 @@ class UserError(ValueError):
     """Something that the user can put right; shown as one line without a traceback."""
 
 
-class _Unheard:
+class _Messages:
     """The stream of messages, which nobody has to read: what cannot be written there is dropped."""
 
     def write(self, text: str) -> int:
@@ -61,12 +62,37 @@ class _Unheard:
         return getattr(sys.stderr, name)
 
 
+class _Results:
+    """The stream of results: that they cannot be written is an error, and said."""
+
+    def write(self, text: str) -> int:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):  # else Python tries again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise UserError(f"the results cannot be written to stdout: {error.strerror}") from error
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
 @cache
 def stderr() -> "Console":
     """The console of messages and progress bars; results alone go to stdout. It never stops the work."""
     from rich.console import Console  # noqa: PLC0415
 
-    return Console(file=cast("IO[str]", _Unheard()))
+    return Console(file=cast("IO[str]", _Messages()))
+
+
+@cache
+def stdout() -> "Console":
+    """The console of results."""
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(file=cast("IO[str]", _Results()), highlight=False)
 
 
 def report(message: str) -> None:

@@ -74,7 +74,7 @@ def _read_record(folder: Path, command: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or record.get("command") != command:
-        raise UserError(f"{path}: is not of `pseudolabel {command}`; take another --out")
+        raise UserError(f"{path}: is not of `pseudolabel {command}`; take another folder")
     return record
 
 

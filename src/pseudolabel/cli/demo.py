@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pseudolabel import io
 from pseudolabel.cam import CAM, multi_scale_cam, normalize_cam
-from pseudolabel.cli._console import UserError, in_threads, progress, report
+from pseudolabel.cli._console import UserError, in_threads, progress, report, stdout
 from pseudolabel.cli._folder import claim
 from pseudolabel.cli._panels import draw_panels, save_picture, show_cam, show_mask
 from pseudolabel.cli._scenes import CLASSES, draw_scenes
@@ -255,7 +255,6 @@ def _clock() -> Iterator[Callable[[], float]]:
 
 
 def _print_table(rows: Sequence[tuple[str, str, str, float]], scores: dict[str, float], count: int) -> None:
-    from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(title=f"From image-level labels to masks: {count} drawn scenes, {len(CLASSES) - 1} classes")
@@ -265,8 +264,8 @@ def _print_table(rows: Sequence[tuple[str, str, str, float]], scores: dict[str, 
     table.add_column("seconds", justify="right")
     for name, setting, miou, seconds in rows:
         table.add_row(name, setting, miou, f"{seconds:.1f}")
-    Console().print(table)
-    Console(highlight=False).print(
+    stdout().print(table)
+    stdout().print(
         "CVS: coefficient-of-variation smoothing. Shares: proportional masks. Settings were chosen on one "
         "half of the scenes, mIoU is that of the other half, seconds are for all scenes.\n"
         f"Dense CRF on the plain maps: {scores[CAM_CRF] - scores[CAM_ONLY]:+.3f}. CVS and shares with a CRF, "

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pseudolabel.cli._console import (
     read_class_names,
     read_names,
     report_names,
+    stdout,
 )
 from pseudolabel.cli._text import one_line
 from pseudolabel.metrics import PseudoLabelMetric, PseudoLabelResult
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     report_names(without_truth, f"without a truth in {args.truth}, not scored")
     if args.json:
         missing = {"without_mask": without_mask, "without_truth": without_truth}
-        sys.stdout.write(json.dumps(result.as_dict() | missing, indent=2, allow_nan=False) + "\n")
+        stdout().out(json.dumps(result.as_dict() | missing, indent=2, allow_nan=False))
     else:
         told = args.num_classes or names
         print_table(result, note="" if told else f"{num_classes} classes: the largest index found, and 0. ")
@@ -93,7 +93,6 @@ def _score(metric: PseudoLabelMetric, pairs: Sequence[Pair], workers: int) -> Ps
 
 def print_table(result: PseudoLabelResult, note: str = "") -> None:
     """Print the figures of each class, their means, and the conventions they follow."""
-    from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -119,8 +118,8 @@ def print_table(result: PseudoLabelResult, note: str = "") -> None:
     table.add_section()
     means = (result.iou, result.over, result.under)
     table.add_row("mean (mIoU)", *(f"{float(mean.nanmean()):.3f}" for mean in means), style="bold")
-    Console().print(table)
-    Console(highlight=False).print(
+    stdout().print(table)
+    stdout().print(
         f"IoU + over + under = 1, of the pixels of all images. Truth {result.ignore_index} is not counted, "
         f"{result.ignore_index} in a mask {ignored}. The mean leaves out classes {absent}. {note}".strip()
     )
