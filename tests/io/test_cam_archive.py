@@ -257,3 +257,17 @@ def test_stored_cam_checks_itself():
         StoredCAM(torch.ones(1), torch.ones(1, 2, 2), (2, 2))
     with pytest.raises(TypeError, match="cams: expected float16 or float32"):
         StoredCAM(torch.tensor([0]), torch.ones(1, 2, 2).double(), (2, 2))
+
+
+def test_a_comment_stands_beside_the_arrays(tmp_path):
+    path = tmp_path / "a.npz"
+    write_cam(path, CAM, LABELS, comment="made by hand")
+    assert torch.equal(read_cam(path).cams, CAM[[0, 2]])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.comment == b"made by hand"
+        assert archive.testzip() is None
+    with np.load(path) as archive:
+        assert archive["keys"].tolist() == [0, 2]
+    with pytest.raises(ValueError, match="comment"):
+        write_cam(tmp_path / "b.npz", CAM, LABELS, comment="größer")
+    assert not (tmp_path / "b.npz").exists()

@@ -245,3 +245,21 @@ def test_random_bytes(tmp_path):
             assert "a.png" in str(error)  # noqa: PT017
 
     check()
+
+
+def test_a_comment_stands_beside_the_pixels(tmp_path):
+    mask, path = torch.tensor([[0, 3, 255]]), tmp_path / "a.png"
+    write_mask(path, mask, comment="made by hand")
+    assert torch.equal(read_mask(path), mask)
+    with Image.open(path) as picture:
+        assert picture.text == {"Comment": "made by hand"}
+    write_mask(path, mask)
+    with Image.open(path) as picture:
+        assert picture.text == {}
+
+
+@pytest.mark.parametrize("comment", ["größer", "a\0b", "a" * 65536, None])
+def test_a_comment_that_no_file_holds(tmp_path, comment):
+    with pytest.raises((ValueError, TypeError), match="comment"):
+        write_mask(tmp_path / "a.png", torch.zeros(1, 1, dtype=torch.uint8), comment=comment)
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
-__all__ = ["MAX_BYTES", "check_path", "open_file"]
+__all__ = ["MAX_BYTES", "check_comment", "check_path", "open_file"]
 
 # A gigabyte: far more than any list, label file or archive of maps of one image.
 MAX_BYTES = 1 << 30
@@ -17,6 +17,14 @@ def check_path(path: str | os.PathLike[str]) -> None:
         raise TypeError(f"path: expected a path, got {type(path).__name__} {path!r}")
     if not os.fspath(path) or "\0" in os.fspath(path):
         raise ValueError(f"path: expected the name of a file, got {os.fspath(path)!r}")
+
+
+def check_comment(comment: str) -> None:
+    """Check that a comment is text that every format can hold."""
+    if not isinstance(comment, str):
+        raise TypeError(f"comment: expected a text, got {type(comment).__name__}")
+    if not comment.isascii() or "\0" in comment or len(comment) > 65535:
+        raise ValueError(f"comment: expected at most 65535 ASCII letters, got {comment[:80]!r}")
 
 
 def open_file(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BufferedReader:

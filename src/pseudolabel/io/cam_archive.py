@@ -15,7 +15,7 @@ from torch import Tensor
 from pseudolabel._checks import check_finite, check_float, check_labels, check_shapes
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._decode import MAX_PIXELS
-from pseudolabel.io._files import MAX_BYTES, check_path, open_file
+from pseudolabel.io._files import MAX_BYTES, check_comment, check_path, open_file
 
 __all__ = ["StoredCAM", "read_cam", "write_cam"]
 
@@ -126,6 +126,7 @@ def write_cam(
         (tensor([14]), torch.Size([1, 8, 10]), (64, 80))
     """
     check_path(path)
+    check_comment(comment)
     if os.path.splitext(os.fspath(path))[1].lower() != ".npz":  # noqa: PTH122
         raise ValueError(f"path: expected a name that ends in .npz, got {os.fspath(path)!r}")
     sizes = check_shapes(cam=(cam, "K h w"), labels=(labels, "C"))

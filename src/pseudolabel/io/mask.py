@@ -11,7 +11,7 @@ from torch import Tensor
 from pseudolabel._checks import check_integer, check_shapes
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._decode import MAX_PIXELS, open_image
-from pseudolabel.io._files import check_path
+from pseudolabel.io._files import check_comment, check_path
 
 __all__ = ["colorize_mask", "read_mask", "voc_palette", "write_mask"]
 
@@ -74,7 +74,7 @@ def write_mask(
         mask: Label map (H,W) or (1,H,W) of any integer dtype, values 0..255.
         palette: Colours (n,3) uint8 of the indices 0..n-1, n <= 256; the others keep the VOC colour. VOC
             colours for None.
-        comment: Text that the file carries beside its pixels (a PNG text chunk `Comment`).
+        comment: ASCII text that the file carries beside its pixels (the text chunk `Comment` of a PNG).
 
     Raises:
         TypeError: If `mask` is not of an integer dtype or `palette` not uint8.
@@ -82,6 +82,7 @@ def write_mask(
         OSError: If the folder is missing, not writable or full. An older file of the name stays as it was.
     """
     check_path(path)
+    check_comment(comment)
     if os.path.splitext(os.fspath(path))[1].lower() != ".png":  # noqa: PTH122
         raise ValueError(f"path: expected a name that ends in .png, got {os.fspath(path)!r}")
     mask = torch.as_tensor(mask)
