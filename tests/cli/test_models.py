@@ -1,10 +1,14 @@
 """Networks by name, without the libraries: stand-ins take their place in `sys.modules`."""
 
+import io
 import os
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -308,6 +312,236 @@ def test_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match="pip install safetensors"):
         _models.load_weights(nn.Linear(3, 2), path)
+
+
+def linear(**changes):
+    return nn.Linear(3, 2).state_dict() | changes
+
+
+ONES = torch.ones(2)
+ODD = {  # what stands in the place of the bias, and what is said of it
+    "NaN": (lambda: torch.tensor([0, torch.nan]), "bias has values that are not finite in torch.float32"),
+    "infinity": (lambda: torch.tensor([0, -torch.inf]), "bias has values that are not finite"),
+    "too large for a float": (
+        lambda: torch.tensor([0, 1e300]).double(),
+        "bias has values that are not finite",
+    ),
+    "complex": (lambda: ONES * 1j, r"bias is of torch\.complex64, the model's own of torch\.float32"),
+    "bool": (lambda: ONES > 0, "bias is of torch.bool"),
+    "whole numbers": (ONES.long, "bias is of torch.int64"),
+    "sparse": (ONES.to_sparse, "bias: expected a dense tensor with values, got one of layout torch.sparse_coo"),
+    "nested": (lambda: torch.nested.nested_tensor([ONES]), "bias: expected a dense tensor with values|cannot read these weights"),
+    "quantised": (
+        lambda: torch.quantize_per_tensor(ONES, 1, 0, torch.qint8),
+        "bias: expected a dense tensor with values, got .*torch.qint8",
+    ),
+    "meta": (lambda: ONES.to("meta"), "bias: expected a dense tensor with values, got .*on meta"),
+    "a number": (lambda: 3, "bias: expected a dense tensor with values, got int"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_cannot_be_used(tmp_path, name):
+    value, message = ODD[name]
+    torch.save(linear(bias=value()), tmp_path / "w.pt")
+    model = nn.Linear(3, 2)
+    before = model.bias.clone()
+    with pytest.raises(UserError, match=rf"w\.pt: .*{message}"):
+        _models.load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model.bias, before)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (linear() | {3: ONES}, r"expected a state dict \(name -> tensor\), got the name 3"),
+        ([ONES], r"expected a state dict \(name -> tensor\), got list"),
+    ],
+)
+def test_weights_that_are_no_state_dict(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=rf"w\.pt: .*{message}"):
+        _models.load_weights(nn.Linear(3, 2), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name", ["NaN", "too large for a float", "complex", "bool", "whole numbers"])
+def test_npz_that_cannot_be_used(tmp_path, name):
+    value, message = ODD[name]
+    state = {key: each.numpy() for key, each in linear(bias=value()).items()}
+    np.savez(tmp_path / "w.npz", **state)
+    with pytest.raises(UserError, match=rf"w\.npz: .*{message}"):
+        _models.load_weights(nn.Linear(3, 2), tmp_path / "w.npz")
+
+
+class Masked(nn.BatchNorm1d):
+    """With buffers of other kinds: a count, a mask of minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.register_buffer("mask", torch.tensor([0, -torch.inf]))
+
+
+def test_weights_of_other_precision_and_buffers(tmp_path):
+    state = Masked().state_dict() | {"weight": torch.tensor([0.5, 2]).half(), "bias": torch.ones(2).double()}
+    state["num_batches_tracked"] = torch.tensor(7, dtype=torch.int32)
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    np.savez_compressed(tmp_path / "w.npz", **{name: value.numpy() for name, value in state.items()})
+    for name in ("w.pth", "w.npz"):
+        model = _models.load_weights(Masked(), tmp_path / name)
+        assert model.weight.tolist() == [0.5, 2]
+        assert model.weight.dtype == model.bias.dtype == torch.float32
+        assert model.num_batches_tracked == 7
+        assert model.mask.tolist() == [0, -torch.inf]
+    for odd in ({"mask": -state["mask"]}, {"num_batches_tracked": torch.tensor(7.5)}):
+        torch.save(state | odd, tmp_path / "w.pt")
+        with pytest.raises(UserError, match=rf"w\.pt: cannot be used: {next(iter(odd))} "):
+            _models.load_weights(Masked(), tmp_path / "w.pt")
+
+
+def test_a_network_that_loads_in_a_way_of_its_own(tmp_path):
+    class Own(nn.Linear):
+        def _load_from_state_dict(self, *_: object) -> None:
+            raise KeyError("x")
+
+    torch.save(linear(), tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w\.pt: does not fit the model: 'x'"):
+        _models.load_weights(Own(3, 2), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_npz_is_not_unpacked_unless_it_may_fit(tmp_path, monkeypatch, lies):
+    """600 MB in half a megabyte."""
+    path, header = tmp_path / "w.npz", io.BytesIO()
+    count = 6 if lies else 150_000_000
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("weight.npy", "w") as member:
+            member.write(header.getvalue())
+            for _ in range(600):
+                member.write(bytes(10**6))
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(UserError, match=r"w\.npz: .* take 600\d+ bytes, far more than those of the model"):
+        _models.load_weights(nn.Linear(3, 2), path)
+
+
+@pytest.mark.parametrize("member", [b"no array", pickle.dumps(3), b""])
+def test_npz_of_something_else(tmp_path, member):
+    with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
+        archive.writestr("weight.npy", member)
+    with pytest.raises(UserError, match=r"w\.npz: cannot read these weights without running code"):
+        _models.load_weights(nn.Linear(3, 2), tmp_path / "w.npz")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_weights_in_a_pipe(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"w{suffix}")
+    with pytest.raises(UserError, match=rf"w\{suffix}: .* expected a regular file, got a pipe"):
+        _models.load_weights(nn.Linear(3, 2), tmp_path / f"w{suffix}")
+
+
+def test_safetensors_of_a_hostile_header(tmp_path):
+    pytest.importorskip("safetensors")
+    for header in (
+        b'{"weight":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4000000000000]}}',
+        b'{"weight":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}',
+        b"[" * 100_000,
+    ):
+        (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+        with pytest.raises(UserError, match=r"w\.safetensors: cannot read these weights"):
+            _models.load_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
+
+
+def test_long_names_are_cut(tmp_path):
+    torch.save(linear(**{"x" * 10**6: torch.ones(2)}), tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"unknown to the model, 1: xxx") as error:
+        _models.load_weights(nn.Linear(3, 2), tmp_path / "w.pt")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["hf:someone/net", "timm:net"])
+def test_networks_whose_own_weights_are_not_finite(hub, timm, monkeypatch, name):
+    real = nn.Linear.reset_parameters
+
+    def diverged(layer: nn.Linear) -> None:
+        real(layer)
+        layer.bias.data[0] = torch.nan
+
+    monkeypatch.setattr(nn.Linear, "reset_parameters", diverged)
+    with pytest.raises(UserError, match=rf"--model: {name} has parameters that are not finite: \w+\.bias"):
+        load_classifier(name, None)
+
+
+# Sizes
+
+
+SIDES = [0, -5, 4097, 10**6, 224.0, "224", True, [], [32, -1], [32, [32]], {"height": 32}, [3, 32, 10**6]]
+
+
+@pytest.mark.parametrize("side", SIDES, ids=str)
+def test_image_sizes_that_nobody_can_try(hub, monkeypatch, side):
+    """They come from a file, `config.json`, and the network is tried with an image of that size."""
+    real = sys.modules["transformers"].AutoConfig.from_pretrained
+
+    def config(name: str, **settings: object) -> Config:
+        found = real(name, **settings)
+        found.image_size = side
+        return found
+
+    monkeypatch.setattr(sys.modules["transformers"].AutoConfig, "from_pretrained", config)
+    built = len(hub.asked)
+    with pytest.raises(
+        UserError, match=r"--model: expected an image_size of 1 to 4096 pixels, got "
+    ) as error:
+        load_classifier("hf:someone/net", None)
+    assert repr(side) in str(error.value)
+    assert len(hub.asked) == built + 1  # the configuration, and no network
+
+
+@pytest.mark.parametrize(("side", "size"), [(None, 224), (4096, 4096), ([32, 48], 48), ((32, 48), 48)])
+def test_image_sizes(hub, monkeypatch, side, size):
+    real = sys.modules["transformers"].AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        sys.modules["transformers"].AutoConfig,
+        "from_pretrained",
+        lambda name, **settings: vars(found := real(name, **settings)).update(image_size=side) or found,
+    )
+    assert load_classifier("hf:someone/net", None).size == size
+
+
+@pytest.mark.parametrize("told", [5_000, (3, 48, 10**6), (3, -1, 48)])
+def test_image_sizes_of_timm(timm, monkeypatch, told):
+    real = sys.modules["timm"].create_model
+
+    def create_model(name: str, **settings: object) -> nn.Module:
+        model = real(name, **settings)
+        model.pretrained_cfg["input_size"] = told
+        return model
+
+    monkeypatch.setattr(sys.modules["timm"], "create_model", create_model)
+    with pytest.raises(UserError, match="--model: expected an image_size of 1 to 4096 pixels"):
+        load_classifier("timm:net", None)
+
+
+# Where `module:function` is looked for
+
+
+def test_current_folder_comes_last(tmp_path, monkeypatch):
+    """A folder of photos may hold a module called like one of the library's, or the network's."""
+    for name in ("colorsys", "own_module_here"):
+        (tmp_path / f"{name}.py").write_text("from torch import nn\ndef make(): return nn.Linear(3, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    before = list(sys.path)
+    with pytest.raises(
+        UserError, match=r"--model: 'colorsys' \(.*python.*colorsys\.py\) has no function 'make'"
+    ):
+        _models.load_model("colorsys:make")
+    assert isinstance(_models.load_model("own_module_here:make"), nn.Linear)
+    assert sys.path == [*before, str(tmp_path)]
+    sys.modules.pop("own_module_here")
 
 
 class Harm:

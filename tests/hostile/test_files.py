@@ -6,10 +6,13 @@ file, or a result. Nothing else may appear there, so no pickle may run.
 
 import errno
 import io
+import json
 import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from PIL import Image
 
 from pseudolabel import io as files
 from pseudolabel.io import _atomic
+from pseudolabel.io._torch_file import read_torch_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 
@@ -37,6 +41,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "pickled labels": lambda path: files.read_cls_labels(path, allow_pickle=True),
     "pickled maps": lambda path: files.read_legacy_cam(path, allow_pickle=True),
     "list": files.read_list,
+    "weights": read_torch_file,
 }
 GOOD_NAME = {
     "image": "a.jpg",
@@ -47,6 +52,7 @@ GOOD_NAME = {
     "pickled labels": "a.npy",
     "pickled maps": "a.npy",
     "list": "a.txt",
+    "weights": "a.pt",
 }
 
 
@@ -99,6 +105,32 @@ def archive(compress: bool = False, **changes: bytes | None) -> bytes:
     return file.getvalue()
 
 
+def saved(content: Any, **settings: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **settings)
+    return file.getvalue()
+
+
+def weights(pickled: bytes, *, compress: bool = False, **members: bytes) -> bytes:
+    """An archive as `torch.save` writes it, of parts of one's own."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as out:
+        for name, data in {"data.pkl": pickled, "version": b"3\n", **members}.items():
+            out.writestr(f"archive/{name.replace('__', '/')}", data)
+    return file.getvalue()
+
+
+def text(value: str | bytes) -> bytes:
+    """The step of a pickle that makes a text."""
+    value = value.encode() if isinstance(value, str) else value
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def storage(key: bytes, count: bytes) -> bytes:
+    """The steps of a pickle that ask for a storage of floats."""
+    return b"(" + text("storage") + b"ctorch\nFloatStorage\n" + key + text("cpu") + count + b"tQ"
+
+
 def good(reader: str) -> bytes:
     """Content that the reader takes."""
     return {
@@ -110,6 +142,7 @@ def good(reader: str) -> bytes:
         "pickled labels": lambda: npy(np.array({"a": np.array([0.0, 1.0])}, object)),
         "pickled maps": lambda: npy(np.array({"keys": np.array([1]), "cam": np.ones((1, 2, 2))}, object)),
         "list": lambda: b"a 1 2\nb 3\n",
+        "weights": lambda: saved({"a": torch.arange(6.0)}),
     }[reader]()
 
 
@@ -119,6 +152,18 @@ def zip_with_size(size: int) -> bytes:
     place = data.rindex(b"PK\x01\x02")
     data[place + 24 : place + 28] = struct.pack("<I", size)
     return bytes(data)
+
+
+def unpacks_to_more(path: Path) -> None:
+    """An archive whose member has 300 MB more than its directory says."""
+    keys = MAPS["keys"]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as out:
+        for name, data in (MAPS | {"keys": keys + bytes(300 << 20)}).items():
+            out.writestr(f"{name}.npy", data)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"keys.npy", data.index(b"PK\x01\x02")) - 46
+    data[place + 24 : place + 28] = struct.pack("<I", len(keys))
+    path.write_bytes(data)
 
 
 def npy_header(text: str) -> bytes:
@@ -215,7 +260,117 @@ FOREIGN = {
     "an archive of something else": archive(**dict.fromkeys(MAPS), other=b"1"),
 }
 
+# Sixty pairs, each of the one before and itself: the last one has 2^60 leaves.
+PAIRS = b"K\x01" + b"q\5h\5\x86" * 60
+DTYPE = b"cnumpy\ndtype\n" + text("f4") + b"\x89\x88\x87R"
+
+# Some hundred bytes that want years, or more memory than there is. They are read in a process of their own.
+BOMBS: dict[str, Kind] = {
+    **{
+        f"pickle with {what}": refused((*PICKLES, "weights"), b"\x80\x04" + steps + b".")
+        for what, steps in {
+            "a key of 2^60 leaves": b"}" + PAIRS + b"K\x01s",
+            "a set of 2^60 leaves": b"\x8f(" + PAIRS + b"\x90",
+            "a frozen set of 2^60 leaves": b"(" + PAIRS + b"\x91",
+            "a set, by its name, of 2^60 leaves": b"c__builtin__\nset\n(" + PAIRS + b"l\x85R",
+            "a name of 2^60 leaves": b"Va\n" + PAIRS + b"\x93",
+            "a call of 2^60 leaves": PAIRS + b")R",
+            "an ordered dict with a key of 2^60 leaves": b"ccollections\nOrderedDict\n("
+            + PAIRS
+            + b"N\x86l\x85R",
+            "a stored object of 2^60 leaves": b"(" + PAIRS + b"NNNNtQ",
+            "20 000 keys of one place": b"}("
+            + b"".join(
+                b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little") + b"N" for k in range(1, 20_001)
+            )
+            + b"u",
+            "place 2 * 10^8 of the memory": b"}r" + struct.pack("<I", 2 * 10**8),
+            "place 2^32 - 1 of the memory": b"}r\xff\xff\xff\xff",
+            "place 10^100 of the memory": b"}p1" + b"0" * 100 + b"\n",
+            "8 GB of text that are not there": b"\x8d" + struct.pack("<Q", 1 << 33),
+            "8 GB of bytes that are not there": b"\x8e" + struct.pack("<Q", 1 << 33),
+            "8 GB of changeable bytes that are not there": b"\x96" + struct.pack("<Q", 1 << 33),
+            "a number of 4 MB as a key": b"}\x8b" + struct.pack("<I", 1 << 22) + b"\x7f" * (1 << 22) + b"Ns",
+            "a text that is encoded 20 000 times": b"c_codecs\nencode\nq\0"
+            + text("a" * (1 << 20))
+            + text("latin1")
+            + b"\x86q\1]("
+            + b"h\0h\1R" * 20_000
+            + b"e",
+        }.items()
+    },
+    **{
+        f"pickle with {what}": refused(PICKLES, b"\x80\x04" + steps + b".")
+        for what, steps in {
+            "a shape of 2^60 leaves": b"cnumpy.core.numeric\n_frombuffer\n(C\0"
+            + DTYPE
+            + PAIRS
+            + text("C")
+            + b"tR",
+            "a dtype's state of 2^60 leaves": DTYPE
+            + b"(K\x03"
+            + text("<")
+            + PAIRS
+            + b"NNJ\xff\xff\xff\xfftb",
+            "a key's array of 2^60 leaves": b"}" + text("keys") + PAIRS + b"s",
+        }.items()
+    },
+    "pickled labels of one list for 20 000 images": refused(
+        ("pickled labels",),
+        b"\x80\x04]("
+        + b"K\0" * 100_000
+        + b"eq\0}("
+        + b"".join(b"J%sh\0" % struct.pack("<i", n) for n in range(20_000))
+        + b"u.",
+        "max_bytes",
+    ),
+    "pickled maps of one array for 10 000 classes": refused(
+        ("pickled maps",),
+        pickle.dumps(dict.fromkeys(range(10_000), np.ones((512, 512), np.float32))),
+        "max_bytes",
+    ),
+    **{
+        f"weights with {what}": refused(("weights",), weights(b"\x80\x02" + steps + b".", **members))
+        for what, (steps, members) in {
+            "a key of 2^60 leaves": (b"}" + PAIRS + b"Ns", {}),
+            "a storage's key of 2^60 leaves": (storage(PAIRS, b"K\x06"), {}),
+            "a storage's size of 2^60 leaves": (storage(text("0"), PAIRS), {}),
+            "a tensor's shape of 2^60 leaves": (
+                b"ctorch._utils\n_rebuild_tensor_v2\n("
+                + storage(text("0"), b"K\x06")
+                + b"K\0"
+                + PAIRS
+                + b"K\x01\x85\x89}tR",
+                {"data__0": bytes(24)},
+            ),
+            "a set of 2^60 leaves": (b"c__builtin__\nset\n(" + PAIRS + b"l\x85R", {}),
+            "a counter of 2^60 leaves": (b"ccollections\nCounter\n(" + PAIRS + b"l\x85R", {}),
+            "8 GB of changeable bytes": (b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\2\x85R", {}),
+            "a text in a slow encoding": (
+                b"c_codecs\nencode\n" + text("\u00e4" * 200_000) + text("punycode") + b"\x86R",
+                {},
+            ),
+            "a storage of 8 GB that are not there": (storage(text("0"), b"\x8a\x05\0\0\0\x80\0"), {}),
+            "a tensor of 8 GB without values, as a storage": (
+                b"ctorch\nFloatTensor\n\x8a\x05\0\0\0\x80\0\x85R",
+                {},
+            ),
+        }.items()
+    },
+    "archive in bzip2 that unpacks to more than it says": refused(("archive",), unpacks_to_more, "deflate"),
+    "weights that unpack to 64 MB": refused(
+        ("weights",),
+        weights(
+            b"\x80\x02}" + text("a") + storage(text("0"), b"J\0\0\0\1") + b"s.",
+            compress=True,
+            data__0=bytes(64 << 20),
+        ),
+        "more than the",
+    ),
+}
+
 KINDS: dict[str, Kind] = {
+    **BOMBS,
     # any file
     "nothing there": Kind(ALL, None, FileNotFoundError),
     "empty": refused(ALL, b"", "empty|Ran out|not a zip|File is not"),
@@ -233,11 +388,11 @@ KINDS: dict[str, Kind] = {
     "no name": refused(ALL, None, "name of a file", "-"),
     "a name of 5000 letters": Kind(ALL, None, OSError, "a" * 5000),
     **{
-        f"cut to {share:.0%}": refused(("archive", *PICTURES[::2], *PICKLES), share)
+        f"cut to {share:.0%}": refused(("archive", *PICTURES[::2], *PICKLES, "weights"), share)
         for share in (0.2, 0.6, 0.9)
     },
     **{
-        f"{what} in a file of another kind": refused(("image", "size", "mask", "archive", *PICKLES), content)
+        f"{what} in a file of another kind": refused((*PICTURES, "archive", *PICKLES, "weights"), content)
         for what, content in FOREIGN.items()
     },
     "text after the end": taken(("size", "image"), picture("JPEG") + b"<script>"),
@@ -459,7 +614,8 @@ def test_good_files_are_read(tmp_path, reader):
 
 
 @pytest.mark.parametrize(
-    ("label", "reader"), [(label, r) for label, kind in KINDS.items() for r in kind.readers]
+    ("label", "reader"),
+    [(label, r) for label, kind in KINDS.items() if label not in BOMBS for r in kind.readers],
 )
 def test_every_kind(tmp_path, monkeypatch, label, reader):
     kind = KINDS[label]
@@ -480,6 +636,49 @@ def test_every_kind(tmp_path, monkeypatch, label, reader):
         assert "path:" in said or path.name[:40] in said, said
         assert type(caught.value) is not UnicodeDecodeError
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def explode(folder: Path) -> None:
+    """Read every bomb, and print a line of JSON for each: what it ended in, and the megabytes."""
+    import resource
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    for label, kind in BOMBS.items():
+        for reader in kind.readers:
+            path = make(kind, reader, folder)
+            print(json.dumps([label, reader]), flush=True)
+            before, end, said = peak(), "", ""
+            try:
+                READERS[reader](path)
+            except Exception as error:  # noqa: BLE001
+                end, said = "ValueError" if isinstance(error, ValueError) else repr(error), str(error)
+            print(
+                json.dumps([end, said[:999], len(said), peak() - before]),
+                flush=True,
+            )
+            path.unlink()
+
+
+@posix
+def test_bombs(tmp_path):
+    """They neither hang, deaf to signals as Python is while it hashes, nor take the memory."""
+    ran = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
+    )
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    told = dict(zip(map(tuple, lines[::2]), lines[1::2], strict=False))
+    assert list(told) == [(label, reader) for label, kind in BOMBS.items() for reader in kind.readers], (
+        ran.stderr[-2000:],
+        lines[-1],
+    )
+    for (label, reader), (end, said, length, megabytes) in told.items():
+        assert end == "ValueError", (label, reader, end, said)
+        assert GOOD_NAME[reader] in said, (label, reader, said)
+        assert BOMBS[label].says in said, (label, reader, said)
+        assert length < 2000, (label, reader, length)
+        assert megabytes < 200, (label, reader, megabytes)
 
 
 @pytest.mark.parametrize("path", [None, 3, 1.5, b"a.png", ["a.png"], object()])
@@ -605,3 +804,7 @@ def test_layout(path):
     for method in (layout.image_path, layout.mask_path, layout.ids):
         with pytest.raises(ValueError, match=r"^name: expected an image id without folders"):
             method(path)
+
+
+if __name__ == "__main__":
+    explode(Path(sys.argv[1]))

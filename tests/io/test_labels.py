@@ -1,6 +1,7 @@
 """`labels.csv` and `cls_labels.npy`."""
 
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pseudolabel.io import (
 )
 from pseudolabel.io.labels import _ESCAPE
 
+LONG = "x" * 100_000
 TABLE = "id,split,cat,dog\n2007_000032,train,0,1\n2007_000039,val,1,1\n2007_000063,val,0,0\n"
 
 
@@ -102,6 +104,35 @@ def test_wrong_tables(file, content, message):
     path = file(content)
     with pytest.raises(ValueError, match=f"labels.csv: .*{message}"):
         read_labels(path)
+
+
+def test_many_columns(file):
+    """Once per column is often enough to look through the header: this took the square of it."""
+    count = 50_000
+    names = [f"c{place}" for place in range(count)]
+    path = file(f"id,{','.join(names)}\na,{','.join('01' * (count // 2))}\n")
+    for classes in (None, names[::-1]):
+        labels = read_labels(path, classes=classes)
+        assert labels.classes == tuple(classes or names)
+        assert labels["a"].sum() == count // 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"id;{LONG}\n",
+        f"id,{LONG},{LONG}\na,0,1\n",
+        f"id,cat\n{LONG},1\n{LONG},1\n",
+        f"id,cat\n/{LONG},1\n",
+        f"id,cat\n{LONG},1\nb,{LONG}\n",
+        f"id,{LONG}\na,1\nb,x\n",
+        f"id,{','.join(f'{LONG}{n}' for n in range(9))}\na{',x' * 9}\n",
+    ],
+)
+def test_errors_quote_a_part_of_long_lines(file, content):
+    with pytest.raises(ValueError, match=r"labels\.csv: ") as error:
+        read_labels(file(content))
+    assert len(str(error.value)) < 3000
 
 
 def test_value_error_with_classes_given(file):
@@ -232,6 +263,9 @@ def test_pickle_must_be_allowed(tmp_path):
         ({1.5: ROWS[0]}, "image ids"),
         ({True: ROWS[0]}, "image ids"),
         ({-5: ROWS[0]}, "image ids"),
+        ({"a": [0, 2**70]}, "expected a multi-hot tensor"),
+        ({"a": [0.5, 10**400]}, "a number of 1329 bits"),
+        ({"/" + LONG: ROWS[0]}, r"leads out of no folder, got '/x.{,200}$"),
         ({2007000032: ROWS[0], "2007_000032": ROWS[1]}, "names: '2007_000032' comes twice"),
         ([ROWS[0]], "expected one pickled dict"),
         (ROWS, "expected one pickled dict, got an array of float32"),
@@ -243,6 +277,17 @@ def test_wrong_cls_labels(tmp_path, content, message):
     np.save(tmp_path / "a.npy", content, allow_pickle=True)
     with pytest.raises(ValueError, match=rf"a\.npy: .*{message}"):
         read_cls_labels(tmp_path / "a.npy", allow_pickle=True)
+
+
+def test_labels_that_take_more_than_their_file(tmp_path):
+    """One list may stand for every image."""
+    rows = [0, 1] * 500
+    (tmp_path / "a.npy").write_bytes(pickle.dumps({f"{n}": rows for n in range(100)}))
+    labels = read_cls_labels(tmp_path / "a.npy", allow_pickle=True, max_bytes=400_000)
+    assert labels.labels.shape == (100, 1000)
+    assert (labels.labels.sum(1) == 500).all()
+    with pytest.raises(ValueError, match=r"a\.npy: its arrays take 400000 bytes, more than max_bytes=399999"):
+        read_cls_labels(tmp_path / "a.npy", allow_pickle=True, max_bytes=399_999)
 
 
 def test_wrong_number_of_class_names(tmp_path):

@@ -76,6 +76,31 @@ def test_wrong_lists(file, content, message):
         read_list(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a\n{0}\n{0}\n",
+        "/{0}.jpg b.png c.png\n",
+        "a {0}\n",
+        "..\\{0}\n",
+        "../{0}.jpg\n",
+        "a 1{0}\n",
+        "a 1 x{1}\n",
+    ],
+)
+def test_errors_quote_a_part_of_long_lines(file, content):
+    path = file(content.format("x" * 10**6, " 1" * 10**5))
+    with pytest.raises(ValueError, match=r"train\.txt, line \d: ") as error:
+        read_list(path)
+    assert len(str(error.value)) < 2000
+
+
+def test_class_ids_of_more_than_64_bits(file):
+    with pytest.raises(ValueError, match="line 1: expected an id, an id with class ids"):
+        read_list(file("a " + "9" * 19))
+    assert read_list(file("a " + "9" * 18))[0].class_ids == (10**18 - 1,)
+
+
 @given(st.text(max_size=30))
 def test_no_path_leaves_the_root(tmp_path_factory, text):
     root = tmp_path_factory.mktemp("root")

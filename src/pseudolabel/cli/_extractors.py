@@ -167,6 +167,9 @@ def _look(model: nn.Module, image: Tensor, arguments: dict[str, bool]) -> tuple[
             f"--model: the network fails on an image of {side} x {side}: {type(error).__name__}: {error}; if "
             "it wants another size, let it have an image_size"
         ) from error
+    logits = _logits(output)
+    if logits is not None and not logits.isfinite().all():
+        raise UserError("--model: the network's logits of an image of noise are not finite")
     return output, None if _takes(_twin(model), torch.cat([image, image], 3), arguments) else side
 
 

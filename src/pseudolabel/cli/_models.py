@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,14 @@ from torch import Tensor, nn
 
 from pseudolabel.cam import find_classifier
 from pseudolabel.cli._console import UserError, import_extra
+from pseudolabel.io._files import open_file
+from pseudolabel.io._quote import quote
+from pseudolabel.io._torch_file import read_torch_file
 
 __all__ = ["Classifier", "class_places", "load_classifier", "load_model", "load_weights"]
+
+MAX_SIDE = 4096  # of the image that a network is tried with
+SPARE_BYTES = 1 << 28  # of an archive of weights, for a head of more classes than the model's
 
 
 class Classifier(NamedTuple):
@@ -41,10 +48,12 @@ class Classifier(NamedTuple):
 def load_classifier(name: str, weights: str | None) -> Classifier:
     """The network of `hf:NAME`, `timm:NAME` or `module:function`, with its own weights or those of a file."""
     library, _, rest = name.partition(":")
-    if library == "hf" and rest:
-        return _of_transformers(rest, weights)
-    if library == "timm" and rest:
-        return _of_timm(rest, weights)
+    if library in {"hf", "timm"} and rest:
+        found = (_of_transformers if library == "hf" else _of_timm)(rest, weights)
+        broken = [each for each, values in found.model.named_parameters() if not values.isfinite().all()]
+        if broken:
+            raise UserError(f"--model: {name} has parameters that are not finite: {', '.join(broken[:3])}")
+        return found
     if weights is None:
         raise UserError(f"--weights: expected a file for {name}, got none; hf: and timm: have their own")
     model = load_weights(load_model(name), weights)
@@ -90,19 +99,24 @@ def _plain(name: str) -> str:
 
 
 def load_model(factory: str) -> nn.Module:
-    """The network that `module:function` returns, searched in the current folder as well."""
+    """The network that `module:function` returns; the current folder is searched, too, after all else.
+
+    A folder of photos may hold whatever its author wants: in front, its `scipy.py` would run in the place of
+    the package. (`python -m` puts the folder in front itself.)
+    """
     module_name, _, function_name = factory.partition(":")
     if not module_name or not function_name:
         raise UserError(f"--model: expected module:function, got {factory!r}")
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise UserError(f"--model: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"--model: {module_name!r} has no function {function_name!r}")
+        found = getattr(module, "__file__", None) or "built in"
+        raise UserError(f"--model: {module_name!r} ({found}) has no function {function_name!r}")
     try:
         model = function()
     except Exception as error:
@@ -121,6 +135,8 @@ def _of_transformers(name: str, weights: str | None) -> Classifier:
     auto = transformers.AutoModelForImageClassification
     settings = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
     config = _fetch("hf", name, lambda: transformers.AutoConfig.from_pretrained(name, **settings))
+    if (told := _told_size(config)) is not None:
+        _checked_side(told)  # a network may be as large as its images
     if weights is None:
         model, told = _fetch(
             "hf",
@@ -230,15 +246,25 @@ def _fetch(library: str, name: str, load: Callable[[], Any]) -> Any:
 
 def _size_of(model: nn.Module) -> int:
     """Side of the square images that it was made for, as far as networks of the libraries tell."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    told = (
-        getattr(config, "image_size", None)
-        or getattr(model, "image_size", None)
-        or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-        or 224
-    )
-    return int(told if isinstance(told, int) else max(told))
+    told = _told_size(getattr(model, "config", None))
+    if told is None:
+        told = getattr(model, "image_size", None)
+    if told is None:
+        told = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or 224
+        told = told[-2:] if isinstance(told, list | tuple) else told  # timm: channels, height, width
+    return _checked_side(told)
+
+
+def _told_size(config: Any) -> Any:
+    return getattr(getattr(config, "vision_config", config), "image_size", None)
+
+
+def _checked_side(told: Any) -> int:
+    """The longer side of an image size, if an image so large can be tried."""
+    sides: Sequence[Any] = told if isinstance(told, list | tuple) and told else [told]
+    if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+        raise UserError(f"--model: expected an image_size of 1 to {MAX_SIDE} pixels, got {quote(told)}")
+    return int(max(sides))
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -246,7 +272,8 @@ def _size_of(model: nn.Module) -> int:
 
 def _with_weights(build: Callable[[int | None], nn.Module], path: str) -> nn.Module:
     """A network with as many classes as the weights have."""
-    state, model = _read_state(Path(path)), build(None)
+    model = build(None)
+    state = _read_state(Path(path), model)
     found = state.get(f"{_classifier_name(model)}.weight")
     if found is not None and found.dim() and len(found) != _count(model):
         model = build(len(found))
@@ -284,8 +311,8 @@ def _classifier_name(model: nn.Module) -> str:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a state dict of a file into the network; every name and shape must fit."""
-    return _load_state(model, _read_state(Path(path)), path)
+    """Load a state dict of a file into the network; every name, shape and kind of numbers must fit."""
+    return _load_state(model, _read_state(Path(path), model), path)
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> nn.Module:
@@ -302,33 +329,87 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: str | os.PathL
             ],
         ),
     ]
-    said = [f"{what} {len(names)}: {', '.join(names[:3])}" for what, names in problems if names]
+    said = [
+        f"{what} {len(names)}: {', '.join(name[:200] for name in names[:3])}"
+        for what, names in problems
+        if names
+    ]
     if said:
         raise UserError(f"{path}: does not fit the model; it {'; it '.join(said)}")
-    model.load_state_dict(state)
+    for name, value in state.items():
+        if why := _misfit(value, own[name]):
+            raise UserError(f"{path}: cannot be used: {name} {why}")
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # a network may load its weights in ways of its own
+        raise UserError(f"{path}: does not fit the model: {_first_line(error)}") from error
     return model
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _misfit(value: Tensor, own: Tensor) -> str | None:
+    """Why a tensor of its shape cannot take the place of the model's own."""
+    if (value.is_floating_point(), value.is_complex()) != (own.is_floating_point(), own.is_complex()):
+        return f"is of {value.dtype}, the model's own of {own.dtype}"
+    odd = ~value.to(own.dtype).isfinite()
+    if odd.any() and not torch.equal(value[odd], own.cpu()[odd].to(value.dtype)):  # such as a mask of -inf
+        return f"has values that are not finite in {own.dtype}"
+    return None
+
+
+def _read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """State dict of a file of weights for this model."""
     content: Any
     if path.suffix not in {".pt", ".pth", ".npz", ".safetensors"}:
         raise UserError(f"{path}: expected weights in .safetensors, .pt, .pth or .npz")
     try:
+        open_file(path).close()  # says in plain words if it is none
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                content = {name: torch.from_numpy(archive[name]) for name in archive.files}
+            content = _read_npz(path, model)
         elif path.suffix == ".safetensors":
-            path.stat()  # says in plain words if it is not there
             content = import_extra("safetensors.torch", "--weights", "safetensors").load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_torch_file(path)
     except (OSError, UserError):
         raise
     except Exception as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot read these weights without running code: {first_line}") from error
+        said = _first_line(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: cannot read these weights without running code: {said}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: expected a state dict (name -> tensor), got {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: expected a state dict (name -> tensor), got the name {quote(name)}")
+        if not isinstance(value, Tensor) or _is_odd(value):
+            raise UserError(
+                f"{path}: {name[:200]}: expected a dense tensor with values, got {_kind_of(value)}"
+            )
     return content
+
+
+def _is_odd(value: Tensor) -> bool:
+    return value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta
+
+
+def _kind_of(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"one of layout {value.layout} and {value.dtype} on {value.device}"
+
+
+def _read_npz(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Arrays of an archive, which may be compressed: it has to unpack to what such a model can take."""
+    most = sum(16 * value.numel() for value in model.state_dict().values()) + SPARE_BYTES
+    with open_file(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            total = sum(info.file_size for info in archive.infolist())
+        if total > most:
+            raise ValueError(f"its arrays take {total} bytes, far more than those of the model")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:500]

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,18 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pseudolabel.io._files import MAX_BYTES, check_path, open_file
+from pseudolabel.io._pickle_program import UnsafePickleError, check_pickle
+from pseudolabel.io._quote import quote
 
-__all__ = ["UnsafePickleError", "read_pickled_dict", "to_tensor"]
-
-
-class UnsafePickleError(ValueError):
-    """A pickle asks for more than arrays, tensors and plain containers. Nothing was run."""
+__all__ = ["UnsafePickleError", "read_pickled_dict", "to_tensors"]
 
 
 def read_pickled_dict(
     path: str | os.PathLike[str], *, allow_pickle: bool, advice: str, max_bytes: int = MAX_BYTES
 ) -> dict[object, object]:
-    """Read the dict that `np.save` or `pickle.dump` put into a file; `to_tensor` makes tensors of its values.
+    """Read the dict that `np.save` or `pickle.dump` put into a file; for its values see `to_tensors`.
 
     Args:
         path: An `.npy` file that holds one pickled dict, or a bare pickle.
@@ -66,17 +64,34 @@ def read_pickled_dict(
     return content
 
 
-def to_tensor(value: object) -> Tensor:
-    """Make a tensor of an array, tensor, number or flat list of numbers out of a pickle."""
+def to_tensors(
+    values: Collection[object], *, dtype: torch.dtype | None = None, max_bytes: int = MAX_BYTES
+) -> list[Tensor]:
+    """Make tensors of arrays, tensors, numbers or flat lists of numbers out of a pickle.
+
+    Those that are one and the same in the file become one tensor. All together may take `max_bytes`, as if
+    each were one of its own, which they will be once they are stacked.
+    """
+    made = {id(value): _to_tensor(value, dtype) for value in {id(value): value for value in values}.values()}
+    tensors = [made[id(value)] for value in values]
+    if (total := sum(tensor.nbytes for tensor in tensors)) > max_bytes:
+        raise ValueError(f"its arrays take {total} bytes, more than max_bytes={max_bytes}")
+    return tensors
+
+
+def _to_tensor(value: object, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(value, _Pickled):
         value = value.value
-    if isinstance(value, Tensor):
-        return value
+    if isinstance(value, Tensor) and not value.is_complex():
+        return value if dtype is None else value.to(dtype)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(value)
+        return torch.from_numpy(value).to(dtype)
     numbers = value if isinstance(value, list | tuple) else [value]
     if all(isinstance(number, int | float) for number in numbers):
-        return torch.tensor(value)
+        try:
+            return torch.tensor(value, dtype=dtype)
+        except (ValueError, RuntimeError, OverflowError):
+            raise ValueError("expected numbers of 64 bits") from None
     raise ValueError(f"expected an array or numbers, got {type(value).__name__}")
 
 
@@ -87,7 +102,7 @@ def _load(file: BinaryIO) -> object:
     if start[:2] == b"PK":
         raise ValueError("this is a zip archive (.npz): read CAM archives with read_cam")
     if start != b"\x93NUMPY":
-        return _unpickle(file)
+        return _Unpickler(file).load()
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -97,12 +112,7 @@ def _load(file: BinaryIO) -> object:
         raise ValueError(f"unknown .npy version {version}")
     if dtype != np.dtype(object) or shape != ():
         raise ValueError(f"expected one pickled dict, got an array of {dtype}, shape {shape}")
-    return _unpickle(file)
-
-
-def _unpickle(file: BinaryIO) -> object:
-    # Python 2 wrote array bytes as text; latin1 gives each byte back.
-    return _Unpickler(file, encoding="latin1").load()
+    return _Unpickler(file).load()
 
 
 class _Admitted:
@@ -121,11 +131,18 @@ class _Admitted:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickler that knows the names of one table alone."""
+    """Unpickler of a program that was looked at, which knows the names of one table alone."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        start = file.tell()
+        check_pickle(file)
+        file.seek(start)
+        # Python 2 wrote array bytes as text; latin1 gives each byte back.
+        super().__init__(file, encoding="latin1")
 
     def find_class(self, module: str, name: str, /) -> _Admitted:
         if (module, name) not in _ADMITTED:
-            raise UnsafePickleError(f"it asks for {module}.{name}")
+            raise UnsafePickleError(f"it asks for {f'{module}.{name}'[:120]}")
         return _ADMITTED[module, name]
 
 
@@ -149,7 +166,7 @@ class _Pickled:
         elif shape == () and isinstance(data, list) and len(data) == 1:
             self.value = data[0]
         else:
-            raise ValueError(f"an array of objects of shape {shape}")
+            raise ValueError("an array of more than one object")
 
 
 class _DType:
@@ -159,18 +176,19 @@ class _DType:
 
     def __init__(self, code: str, *_: object) -> None:
         if not re.fullmatch(r"\?|b1|f[248]|[iu][1248]|U[0-9]{1,4}|O[48]?", code):
-            raise ValueError(f"an array of dtype {code!r}")
+            raise ValueError(f"an array of dtype {quote(code)}")
         self.code, self.order = code, "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, order, subarray, names, fields, *_ = state
         if subarray or names or fields or order not in tuple("<>=|"):
-            raise ValueError(f"an array of a structured dtype {state}")
+            raise ValueError("an array of a structured dtype")
         self.order = order
 
 
 def _array(data: object, dtype: _DType, shape: tuple[int, ...], order: Any) -> NDArray[Any]:
     """Array in native byte order, of a copy of the bytes, which must fill the shape exactly."""
+    _check_shape(shape)
     if dtype.code[0] == "O":
         raise ValueError("bytes for an array of objects")
     stored = np.dtype(dtype.order + dtype.code)
@@ -179,6 +197,11 @@ def _array(data: object, dtype: _DType, shape: tuple[int, ...], order: Any) -> N
         raise ValueError(f"its bytes do not fill an array of shape {shape}")
     array = np.frombuffer(data, stored).reshape(shape, order=order)
     return np.array(array, dtype=stored.newbyteorder("="), order="C")
+
+
+def _check_shape(shape: object) -> None:
+    if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
+        raise ValueError(f"expected a shape of whole numbers, got {quote(shape)}")
 
 
 def _scalar(dtype: _DType, data: object) -> object:
@@ -209,20 +232,20 @@ _STORAGES = {
 }
 
 
-class _StorageUnpickler(pickle.Unpickler):
+class _StorageUnpickler(_Unpickler):
     """Unpickler of the description of one storage: its element type, whatever device it was on."""
 
     dtype: torch.dtype | None = None
 
     def find_class(self, module: str, name: str, /) -> _Admitted:
         if module not in {"torch", "torch.cuda"} or name not in _STORAGES:
-            raise UnsafePickleError(f"it asks for {module}.{name}")
+            raise UnsafePickleError(f"it asks for {f'{module}.{name}'[:120]}")
         return _Admitted(_STORAGES[name])
 
     def persistent_load(self, pid: Any, /) -> None:
         kind, storage, *_ = pid
         if kind != "storage" or not isinstance(storage, _Admitted):
-            raise UnsafePickleError(f"it asks for the stored object {kind!r}")
+            raise UnsafePickleError(f"it asks for the stored object {quote(kind)}")
         self.dtype = storage.meaning
 
 
@@ -251,9 +274,13 @@ def _storage(data: bytes) -> _Pickled:
 
 
 def _tensor(
-    storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: object
 ) -> _Pickled:
-    flat = to_tensor(storage)
+    flat = _to_tensor(storage)
+    if more[2:3] not in ((), (None,)):  # behind `requires_grad` and hooks
+        raise ValueError("a tensor that is stored negated or conjugated")
+    _check_shape(size)
+    _check_shape(stride)
     if math.prod(size) > flat.numel():  # an expanded tensor of a few bytes may claim any size
         raise ValueError(f"its bytes do not fill a tensor of shape {tuple(size)}")
     return _Pickled(torch.as_strided(flat, size, stride, offset))  # checks the bounds
@@ -264,7 +291,7 @@ def _tensor(
 
 def _text_to_bytes(text: str = "", encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
-        raise UnsafePickleError(f"it asks for the encoding {encoding!r}")
+        raise UnsafePickleError(f"it asks for the encoding {quote(encoding)}")
     return text.encode("latin1")
 
 
@@ -281,8 +308,6 @@ _MEANINGS: Mapping[tuple[str, str], Callable[..., object] | str] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("collections", "OrderedDict"): dict,
-    **{(builtins, "set"): set for builtins in _BUILTINS},
-    **{(builtins, "frozenset"): frozenset for builtins in _BUILTINS},
     **{(builtins, "bytes"): lambda: b"" for builtins in _BUILTINS},  # no bytes, in protocols 0 to 2
     ("_codecs", "encode"): _text_to_bytes,  # bytes, in protocols 0 to 2
 }

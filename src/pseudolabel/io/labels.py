@@ -14,7 +14,8 @@ from torch import Tensor
 from pseudolabel._checks import check_labels, check_shapes
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._files import MAX_BYTES, open_file
-from pseudolabel.io._unpickle import read_pickled_dict, to_tensor
+from pseudolabel.io._quote import quote
+from pseudolabel.io._unpickle import read_pickled_dict, to_tensors
 
 __all__ = ["VOC_CLASSES", "ImageLabels", "read_cls_labels", "read_labels", "write_labels"]
 
@@ -101,7 +102,9 @@ class ImageLabels:
         names = list(names)
         for name in names:
             if name not in self._rows:
-                raise KeyError(f"no labels for image {name!r} among {len(self)} (such as {self.names[0]!r})")
+                raise KeyError(
+                    f"no labels for image {quote(name)} among {len(self)} (such as {quote(self.names[0])})"
+                )
         return self.labels[[self._rows[name] for name in names]]
 
     @cached_property
@@ -202,7 +205,7 @@ def read_cls_labels(
         allow_pickle: Must be True: the format is a pickle. Even then it is read by an unpickler that admits
             arrays, tensors and plain containers alone.
         classes: Names of the C classes, such as `VOC_CLASSES`. Their mask values `"1"` ... `"C"` for None.
-        max_bytes: Refuse larger files.
+        max_bytes: Refuse larger files, and labels that take more, at four bytes each.
 
     Returns:
         Names in the order of the file, classes and labels. `write_labels` saves them without pickle.
@@ -217,10 +220,11 @@ def read_cls_labels(
     try:
         if not content:
             raise ValueError("the dict is empty")
-        rows = [to_tensor(value).reshape(-1) for value in content.values()]
+        rows = to_tensors(content.values(), dtype=torch.float32, max_bytes=max_bytes)
+        rows = [row.reshape(-1) for row in rows]
         if len(lengths := {len(row) for row in rows}) != 1:
-            raise ValueError(f"the images have different numbers of classes: {sorted(lengths)}")
-        labels = torch.stack([row.to(torch.float32) for row in rows])
+            raise ValueError(f"the images have different numbers of classes: {quote(sorted(lengths))}")
+        labels = torch.stack(rows)
         if classes is None:
             classes = [str(c + 1) for c in range(labels.shape[1])]
         names = tuple(_image_id(key) for key in content)
@@ -237,7 +241,7 @@ def _image_id(key: object) -> str:
     if isinstance(key, int) and not isinstance(key, bool) and key >= 0:
         digits = str(key)
         return f"{digits[:4]}_{digits[4:]}" if len(digits) == 10 else digits
-    raise ValueError(f"expected image ids that are text or whole numbers, got {key!r}")
+    raise ValueError(f"expected image ids that are text or whole numbers, got {quote(key)}")
 
 
 def _parse(lines: Iterator[tuple[int, list[str]]], classes: Sequence[str] | None) -> ImageLabels:
@@ -246,19 +250,20 @@ def _parse(lines: Iterator[tuple[int, list[str]]], classes: Sequence[str] | None
     if not header:
         raise ValueError("the file is empty")
     if len(header) < 2:
-        raise ValueError(f"expected columns separated by commas, the header is {header}")
+        raise ValueError(f"expected columns separated by commas, the header is {quote(header)}")
     _check_names("header", tuple(header[1:]))
-    if missing := [name for name in classes or () if name not in header[1:]]:
-        raise ValueError(f"no column for the classes {missing} among {header[1:]}")
+    place_of = {name: place for place, name in enumerate(header[1:], 1)}
+    if missing := [name for name in classes or () if name not in place_of]:
+        raise ValueError(f"no column for the classes {quote(missing)} among {quote(header[1:])}")
     columns = list(classes or header[1:])
-    places = [header.index(name, 1) for name in columns]
+    places = [place_of[name] for name in columns]
     names, table, odd = [], bytearray(), dict[str, str]()
     for line, row in _whole_rows(lines, len(header)):
         cells = bytes([_FLAGS.get(row[place].lower(), _ODD) for place in places])
         for column, place in zip(columns, places, strict=True) if _ODD in cells else ():
-            if row[place].lower() not in _FLAGS:
-                said = f"line {line} ({row[0]!r}), column {column!r}: expected 0 or 1, got {row[place]!r}"
-                odd.setdefault(column, said)
+            if row[place].lower() not in _FLAGS and column not in odd:
+                where = f"line {line} ({quote(row[0])}), column {quote(column)}"
+                odd[column] = f"{where}: expected 0 or 1, got {quote(row[place])}"
         names.append(row[0])
         table += cells
     if not names:
@@ -268,7 +273,7 @@ def _parse(lines: Iterator[tuple[int, list[str]]], classes: Sequence[str] | None
         kept = (flags != _ODD).any(0).nonzero()[:, 0]
         columns, flags = [columns[place] for place in kept.tolist()], flags[:, kept]
     if not columns:
-        raise ValueError(f"no column of 0 and 1 among {header[1:]}")
+        raise ValueError(f"no column of 0 and 1 among {quote(header[1:])}")
     if wrong := [odd[column] for column in columns if column in odd]:
         raise ValueError(f"{wrong[0]} (name the class columns with `classes` if this is none)")
     return ImageLabels(tuple(names), tuple(columns), flags == 1)
@@ -282,14 +287,14 @@ def _whole_rows(lines: Iterator[tuple[int, list[str]]], width: int) -> Iterator[
             raise ValueError(f"line {line}: expected {width} cells as in the header, got {len(row)}")
         _check_id(f"line {line}", row[0])
         if (first := first_line.setdefault(row[0], line)) != line:
-            raise ValueError(f"line {line}: {row[0]!r} stands in line {first} already")
+            raise ValueError(f"line {line}: {quote(row[0])} stands in line {first} already")
         yield line, row
 
 
 def _check_id(where: str, name: str) -> None:
     """Check that an image id, which will be part of other files' names, stays in the folder it is put to."""
     if _ESCAPE.search(name):
-        raise ValueError(f"{where}: expected an image id that leads out of no folder, got {name!r}")
+        raise ValueError(f"{where}: expected an image id that leads out of no folder, got {quote(name)}")
 
 
 def _check_names(argument: str, names: tuple[str, ...]) -> None:
@@ -299,8 +304,8 @@ def _check_names(argument: str, names: tuple[str, ...]) -> None:
     for name in names:
         if not isinstance(name, str) or not name or name != name.strip() or re.search(r"[\r\n]", name):
             raise ValueError(
-                f"{argument}: expected names in one line, without white space around them, got {name!r}"
+                f"{argument}: expected names in one line, without white space around them, got {quote(name)}"
             )
         if name in seen:
-            raise ValueError(f"{argument}: {name!r} comes twice")
+            raise ValueError(f"{argument}: {quote(name)} comes twice")
         seen.add(name)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pseudolabel.io._files import MAX_BYTES
-from pseudolabel.io._unpickle import read_pickled_dict, to_tensor
+from pseudolabel.io._quote import quote
+from pseudolabel.io._unpickle import read_pickled_dict, to_tensors
 from pseudolabel.io.cam_archive import StoredCAM
 
 __all__ = ["read_legacy_cam"]
@@ -40,7 +41,7 @@ def read_legacy_cam(
         allow_pickle: Must be True: the format is a pickle, which can run code when it is loaded. Even then it
             is read by an unpickler that admits arrays, tensors and plain containers alone.
         background: The dict counts from the background, whose map is left out.
-        max_bytes: Refuse larger files.
+        max_bytes: Refuse larger files, and maps that take more.
 
     Returns:
         Keys, maps (float16 stays, other float dtypes become float32) and size.
@@ -53,7 +54,7 @@ def read_legacy_cam(
     advice = "write_cam saves what was read as an archive without pickle."
     content = read_pickled_dict(path, allow_pickle=allow_pickle, advice=advice, max_bytes=max_bytes)
     try:
-        keys, maps = _keys_and_maps(content)
+        keys, maps = _keys_and_maps(content, max_bytes)
         if not maps.is_floating_point():
             raise ValueError(f"expected maps of a floating dtype, got {maps.dtype}")
         if maps.ndim != 3:
@@ -66,20 +67,20 @@ def read_legacy_cam(
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-def _keys_and_maps(content: dict[object, object]) -> tuple[Tensor, Tensor]:
+def _keys_and_maps(content: dict[object, object], max_bytes: int) -> tuple[Tensor, Tensor]:
     """Keys (K,) int64 and maps (K,H,W) out of either kind of dict."""
     if "keys" in content:
         names = [name for name in _MAPS if name in content]
         if not names:
-            raise ValueError(f"expected maps as one of {_MAPS}, got {sorted(map(str, content))}")
-        keys = to_tensor(content["keys"])
-        if keys.is_floating_point() or keys.ndim != 1:
+            raise ValueError(f"expected maps as one of {_MAPS}, got {quote(sorted(map(str, content)))}")
+        keys, maps = to_tensors([content["keys"], content[names[0]]], max_bytes=max_bytes)
+        if keys.is_floating_point() or keys.dtype == torch.bool or keys.ndim != 1:
             raise ValueError(
                 f"keys: expected whole numbers (K,), got shape {tuple(keys.shape)} of {keys.dtype}"
             )
-        return keys.to(torch.int64), to_tensor(content[names[0]])
+        return keys.to(torch.int64), maps
     if not content:
         raise ValueError("the dict is empty: it holds no class and no size")
     if not all(isinstance(key, int) and not isinstance(key, bool) for key in content):
-        raise ValueError(f"expected class indices or 'keys', got {sorted(map(str, content))[:8]}")
-    return torch.tensor(list(content)), torch.stack([to_tensor(value) for value in content.values()])
+        raise ValueError(f"expected class indices or 'keys', got {quote(sorted(map(str, content)))}")
+    return torch.tensor(list(content)), torch.stack(to_tensors(content.values(), max_bytes=max_bytes))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from pseudolabel.io._files import MAX_BYTES, open_file
+from pseudolabel.io._quote import quote
 
 __all__ = ["ListEntry", "VOCLayout", "find_images", "read_list"]
 
@@ -78,7 +79,7 @@ def read_list(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> tu
         try:
             entry = _parse(words)
             if entry.name in seen:
-                raise ValueError(f"{entry.name!r} stands in line {seen[entry.name]} already")
+                raise ValueError(f"{quote(entry.name)} stands in line {seen[entry.name]} already")
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
         seen[entry.name] = number
@@ -171,18 +172,21 @@ def _parse(words: list[str]) -> ListEntry:
     first, *rest = words
     if "/" in first or first.lower().endswith(_SUFFIXES):
         if len(rest) > 1:
-            raise ValueError(f"expected an image path and a mask path, got {len(words)} words: {words}")
+            raise ValueError(
+                f"expected an image path and a mask path, got {len(words)} words: {quote(words)}"
+            )
         image = _below_root(first)
         mask = _below_root(rest[0]) if rest else None
         return ListEntry(_file_name(PurePosixPath(image).stem), image, mask)
-    if not all(re.fullmatch(r"[0-9]+", word) for word in rest):
+    if not all(re.fullmatch(r"[0-9]{1,18}", word) for word in rest):
         hint = (
             " (a list of VOC's ImageSets/Main: take the one of ImageSets/Segmentation)"
             if "-1" in rest
             else ""
         )
         raise ValueError(
-            f"expected an id, an id with class ids, or an image path with a mask path, got {words}{hint}"
+            f"expected an id, an id with class ids, or an image path with a mask path, got "
+            f"{quote(words)}{hint}"
         )
     return ListEntry(_file_name(first), class_ids=tuple(int(word) for word in rest))
 
@@ -190,7 +194,7 @@ def _parse(words: list[str]) -> ListEntry:
 def _file_name(name: str) -> str:
     """The name itself, if it is one file name, not a path that may lead elsewhere."""
     if name in {"", ".", ".."} or re.search(r"[/\\\0]", name) or PureWindowsPath(name).drive:
-        raise ValueError(f"name: expected an image id without folders, got {name!r}")
+        raise ValueError(f"name: expected an image id without folders, got {quote(name)}")
     return name
 
 
@@ -198,6 +202,6 @@ def _below_root(path: str) -> str:
     """The path without its leading slash, if it stays below the root that it is joined to."""
     relative = path.lstrip("/")
     for part in relative.split("/"):
-        if part == ".." or "\\" in part or "\0" in part or PureWindowsPath(part).drive:
-            raise ValueError(f"expected a path below the root of the data set, got {path!r}")
+        if part == ".." or "\\" in part or "\0" in part or (":" in part and PureWindowsPath(part).drive):
+            raise ValueError(f"expected a path below the root of the data set, got {quote(path)}")
     return relative

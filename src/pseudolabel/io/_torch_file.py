@@ -1,0 +1,53 @@
+"""Files of `torch.save`: what they would make is looked at before `torch.load` makes it."""
+
+import io
+import mmap
+import os
+import zipfile
+from typing import Any
+
+import torch
+
+from pseudolabel.io._files import open_file
+from pseudolabel.io._pickle_program import check_pickle
+
+__all__ = ["read_torch_file"]
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> Any:
+    """Read what `torch.save` put into a file, to the CPU, by `torch.load(weights_only=True)`.
+
+    PyTorch runs no code of such a file, but trusts it with time and memory: here it is refused if its pickles
+    fail `check_pickle`, or if its archive would unpack to more than its own size.
+
+    Raises:
+        ValueError: If it is refused, or no such file, or corrupt; it names the path.
+        OSError: If there is no such file, or it may not be read.
+    """
+    with open_file(path) as file:
+        try:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    _check_archive(archive, os.fstat(file.fileno()).st_size)
+            else:  # as before PyTorch 1.6: five pickles, then the bytes of the tensors
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    for _ in range(5):
+                        check_pickle(data)  # type: ignore[arg-type]  # has all that it reads with
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            # PyTorch says how to load it all the same before it says what is wrong.
+            said = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
+            cause = (said or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{os.fspath(path)}: cannot read it without running code: {cause}") from error
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    # `torch.save` does not compress: all members together are smaller than the file.
+    if (total := sum(info.file_size for info in archive.infolist())) > size:
+        raise ValueError(f"its members unpack to {total} bytes, more than the {size} of the file")
+    for name in archive.namelist():
+        if name.endswith(".pkl"):
+            check_pickle(io.BytesIO(archive.read(name)))
