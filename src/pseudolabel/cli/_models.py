@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pseudolabel.cam import find_classifier
 from pseudolabel.cli._console import UserError, import_extra
-from pseudolabel.io._files import open_file
+from pseudolabel.io._files import check_archive, open_file
 from pseudolabel.io._quote import quote
 from pseudolabel.io._torch_file import read_torch_file
 
@@ -403,9 +403,7 @@ def _read_npz(path: Path, model: nn.Module) -> dict[str, Tensor]:
     most = sum(16 * value.numel() for value in model.state_dict().values()) + SPARE_BYTES
     with open_file(path) as file:
         with zipfile.ZipFile(file) as archive:
-            total = sum(info.file_size for info in archive.infolist())
-        if total > most:
-            raise ValueError(f"its arrays take {total} bytes, far more than those of the model")
+            check_archive(archive, most, "the model can take")
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

@@ -2,13 +2,24 @@
 
 import os
 import stat
+import zipfile
 from io import BufferedReader
 from pathlib import Path
 
-__all__ = ["MAX_BYTES", "check_comment", "check_path", "open_file"]
+__all__ = ["MAX_BYTES", "check_archive", "check_comment", "check_path", "open_file"]
 
 # A gigabyte: far more than any list, label file or archive of maps of one image.
 MAX_BYTES = 1 << 30
+
+
+def check_archive(archive: zipfile.ZipFile, most: int, why: str) -> None:
+    """Check that an archive unpacks to so many bytes at most, by methods that can be stopped there."""
+    if any(
+        info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} for info in archive.infolist()
+    ):
+        raise ValueError("expected an archive without compression, or by deflate")
+    if (total := sum(info.file_size for info in archive.infolist())) > most:
+        raise ValueError(f"its arrays take {total} bytes, more than {why}")
 
 
 def check_path(path: str | os.PathLike[str]) -> None:

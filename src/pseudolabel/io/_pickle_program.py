@@ -7,7 +7,7 @@ containers needs any of it.
 """
 
 import pickletools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import IO, Any
 
 __all__ = ["UnsafePickleError", "check_pickle"]
@@ -40,18 +40,24 @@ class _Value:
 _MARK = _Value(0)
 
 
-def check_pickle(file: IO[bytes]) -> None:
+def check_pickle(file: IO[bytes], *, refused: Collection[str] = ()) -> None:
     """Go through the program from here to its end, without running a step.
 
     What goes into tuples and into functions, all of it together and again each time that it does, may be a
     few times as much as the program is long. Keys are neither tuples nor longer than 64 bits.
 
+    Args:
+        file: Where the program begins.
+        refused: Names, `module name`, that it must not ask for.
+
     Raises:
-        UnsafePickleError: If it asks for a set or an object of a class.
+        UnsafePickleError: If it asks for one of these, for a set or an object of a class.
         ValueError: If it is cut off, or would make more than a program of its length should.
     """
     look = _Look()
     for step, argument, position in pickletools.genops(file):
+        if step.name == "GLOBAL" and argument in refused:
+            raise UnsafePickleError(f"it asks for {argument}")
         look.step(step, argument)
         if look.passed > _TIMES * ((position or 0) + 1024):
             raise ValueError("it passes on the same values again and again")

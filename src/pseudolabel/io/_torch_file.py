@@ -1,17 +1,19 @@
 """Files of `torch.save`: what they would make is looked at before `torch.load` makes it."""
 
 import io
-import mmap
 import os
 import zipfile
 from typing import Any
 
 import torch
 
-from pseudolabel.io._files import open_file
+from pseudolabel.io._files import check_archive, open_file
 from pseudolabel.io._pickle_program import check_pickle
 
 __all__ = ["read_torch_file"]
+
+_PICKLES = 1 << 26  # bytes that they may take in files without an archive
+_REFUSED = ("_codecs encode",)  # which PyTorch admits, and some encodings take time with the square of a text
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
@@ -28,11 +30,16 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         try:
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
-                    _check_archive(archive, os.fstat(file.fileno()).st_size)
+                    # `torch.save` does not compress: all together is smaller than the file.
+                    check_archive(archive, os.fstat(file.fileno()).st_size, "the file")
+                    for member in archive.infolist():  # several may have one name
+                        if member.filename.lower().endswith(".pkl"):
+                            check_pickle(io.BytesIO(archive.read(member)), refused=_REFUSED)
             else:  # as before PyTorch 1.6: five pickles, then the bytes of the tensors
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    for _ in range(5):
-                        check_pickle(data)  # type: ignore[arg-type]  # has all that it reads with
+                file.seek(0)
+                start = io.BytesIO(file.read(_PICKLES))
+                for _ in range(5):
+                    check_pickle(start, refused=_REFUSED)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
@@ -42,12 +49,3 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
             said = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
             cause = (said or type(error).__name__).splitlines()[0]
             raise ValueError(f"{os.fspath(path)}: cannot read it without running code: {cause}") from error
-
-
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    # `torch.save` does not compress: all members together are smaller than the file.
-    if (total := sum(info.file_size for info in archive.infolist())) > size:
-        raise ValueError(f"its members unpack to {total} bytes, more than the {size} of the file")
-    for name in archive.namelist():
-        if name.endswith(".pkl"):
-            check_pickle(io.BytesIO(archive.read(name)))

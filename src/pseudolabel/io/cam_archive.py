@@ -15,7 +15,7 @@ from torch import Tensor
 from pseudolabel._checks import check_finite, check_float, check_labels, check_shapes
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._decode import MAX_PIXELS
-from pseudolabel.io._files import MAX_BYTES, check_comment, check_path, open_file
+from pseudolabel.io._files import MAX_BYTES, check_archive, check_comment, check_path, open_file
 
 __all__ = ["StoredCAM", "read_cam", "write_cam"]
 
@@ -200,9 +200,7 @@ def _read_archive(archive: zipfile.ZipFile, max_bytes: int) -> StoredCAM:
     members = [info.filename for info in archive.infolist()]
     if sorted(members) != sorted(f"{name}.npy" for name in _MEMBERS):
         raise ValueError(f"expected the arrays {', '.join(_MEMBERS)}, got the files {members[:20]}")
-    total = sum(info.file_size for info in archive.infolist())
-    if total > max_bytes:
-        raise ValueError(f"its arrays take {total} bytes, more than max_bytes={max_bytes}")
+    check_archive(archive, max_bytes, f"max_bytes={max_bytes}")
     version = _read_array(archive, "version", "i8", 0).item()
     if version != _VERSION:
         raise ValueError(f"its format has version {version}, this library reads version {_VERSION}")
@@ -224,7 +222,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, dtypes: str, ndim: int) -> 
         count = math.prod(shape) * dtype.itemsize
         if info.file_size != file.tell() + count:
             raise ValueError(f"{name}: {info.file_size} bytes do not hold shape {shape} of {dtype}")
-        data = file.read()  # to the end, where the checksum is compared
+        data = file.read(count)  # to the end, where the checksum is compared, and no further
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
     return np.array(array, dtype=dtype.newbyteorder("="), order="C")
 
