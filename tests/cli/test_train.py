@@ -157,7 +157,7 @@ def test_a_finished_run_is_left_as_it_is(job, capsys):
         (["--lr", "0.02"], "run with {'lr': 0.01}, now {'lr': 0.02}"),
         (["--epochs", "5"], "run with {'steps': 10}, now {'steps': 13}"),
         (["--scales", "1", "2"], "'scales': [0.5, 2.0]"),
-        (["--loss", "puf"], "{'puf': {'mode': 'clamp', 'beta': 0.5, 'k': 0.5}}"),
+        (["--loss", "puf"], "{'puf': {'beta': 0.5, 'k': 0.5, 'mode': 'clamp'}}"),
         (["--seed", "1"], "'seed': 0"),
     ],
 )

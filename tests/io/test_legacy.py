@@ -537,3 +537,19 @@ def test_damaged_bytes_give_maps_or_value_error(tmp_path_factory, content, proto
         assert "a.npy" in str(error)  # noqa: PT017
     else:
         assert stored.cams.isfinite().all()
+
+
+def test_arrays_in_text_as_python_2_wrote_them_by_default(file):
+    """Protocol 0, in which bytes are the letters of a quoted text."""
+    data = repr(np.float32([1, -2]).tobytes())[1:].encode()
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+        b"(I1\n(I1\nI1\nI2\ntcnumpy\ndtype\n(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS"
+        + data
+        + b"\ntb"
+    )
+    maps = read_legacy_cam(
+        file(b"(dI3\n" + array.replace(b"(I1\nI1\nI2\nt", b"(I1\nI2\nt") + b"s."), allow_pickle=True
+    )
+    assert maps.keys.tolist() == [3]
+    assert maps.cams.tolist() == [[[1, -2]]]

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -179,6 +180,18 @@ def test_programs_that_want_more_than_the_file_has(file, program, place):
 def test_something_else(file, content):
     with pytest.raises(ValueError, match=r"a\.pt: cannot read it"):
         read_torch_file(file(content))
+
+
+def test_what_pytorch_takes_for_something_else_than_zipfile_does(file):
+    """A program in front of an archive, and one that is the name of a file in a tar."""
+    harmless = rezipped(file(X).read_bytes(), {})
+    with pytest.raises(ValueError, match=r"a\.pt: cannot read it"):
+        read_torch_file(file(b"\x80\x02" + PAIRS + harmless))
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("N." * 5))
+    with pytest.raises(ValueError, match="an archive as PyTorch wrote before"):
+        read_torch_file(file(tar.getvalue()))
 
 
 def test_missing(tmp_path):

@@ -19,6 +19,7 @@ import torch
 
 from pseudolabel.cli._text import one_line
 from pseudolabel.io import read_list
+from pseudolabel.io._files import MAX_BYTES, open_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -237,7 +238,8 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
 def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     """Names of the classes, one a line, background first."""
     try:
-        names = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        with open_file(path, max_bytes=MAX_BYTES) as file:
+            names = file.read().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{os.fspath(path)}: not a UTF-8 text file") from error
     names = [name.strip() for name in names if name.strip()]

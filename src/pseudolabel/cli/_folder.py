@@ -21,6 +21,7 @@ from pseudolabel.cli._marks import refuse_foreign
 from pseudolabel.cli._mask_maker import Entry
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._files import MAX_BYTES, open_file
+from pseudolabel.io._quote import quote
 
 if sys.platform != "win32":
     import fcntl
@@ -164,7 +165,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     was, became = ({name: each.get(name) for name in differing} for each in (before, now))
-    return f"{was}, now {became}"
+    return f"{quote(was)}, now {quote(became)}"
 
 
 @contextlib.contextmanager

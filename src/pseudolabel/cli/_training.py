@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from pseudolabel.cli._console import UserError, progress
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._files import MAX_BYTES, open_file
+from pseudolabel.io._quote import quote
+from pseudolabel.io._torch_file import read_torch_file
 
 __all__ = ["Settings", "is_first", "num_processes", "random_view", "sum_over_processes", "train"]
 
@@ -268,7 +270,7 @@ def _resume(out: Path, state: Mapping[str, Any], decisive: Mapping[str, Any]) ->
     if not path.exists():
         return 0
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_torch_file(path)
         before, step = dict(checkpoint["settings"]), int(checkpoint["step"])
     except OSError:
         raise
@@ -279,7 +281,8 @@ def _resume(out: Path, state: Mapping[str, Any], decisive: Mapping[str, Any]) ->
     differing = [name for name in {**before, **decisive} if before.get(name) != decisive.get(name)]
     if differing:
         was, now = ({name: each.get(name) for name in differing} for each in (before, decisive))
-        raise UserError(f"{out}: holds a run with {was}, now {now}; take another --out, or --overwrite")
+        said = f"{quote(was)}, now {quote(now)}"
+        raise UserError(f"{out}: holds a run with {said}; take another --out, or --overwrite")
     try:
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])

@@ -7,11 +7,12 @@ containers needs any of it.
 """
 
 import pickletools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import IO, Any
 
 __all__ = ["UnsafePickleError", "check_pickle"]
 
+_STEPS = {step.code.encode("latin-1"): step for step in pickletools.opcodes}
 _REFUSED = {
     **dict.fromkeys(("EMPTY_SET", "ADDITEMS", "FROZENSET"), "a set"),
     **dict.fromkeys(("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"), "an object of a class"),
@@ -54,13 +55,28 @@ def check_pickle(file: IO[bytes], *, refused: Collection[str] = ()) -> None:
         UnsafePickleError: If it asks for one of these, for a set or an object of a class.
         ValueError: If it is cut off, or would make more than a program of its length should.
     """
-    look = _Look()
-    for step, argument, position in pickletools.genops(file):
+    look, start = _Look(), file.tell()
+    for step, argument in _steps(file):
         if step.name == "GLOBAL" and argument in refused:
             raise UnsafePickleError(f"it asks for {argument}")
         look.step(step, argument)
-        if look.passed > _TIMES * ((position or 0) + 1024):
+        if look.passed > _TIMES * (file.tell() - start + 1024):
             raise ValueError("it passes on the same values again and again")
+
+
+def _steps(file: IO[bytes]) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """The steps up to the end, with their arguments."""
+    while code := file.read(1):
+        step = _STEPS.get(code)
+        if step is None:
+            raise ValueError("it has a step that no pickle has")
+        if step.name == "STRING":  # which `pickletools` takes for ASCII, and Python 2 wrote arrays with it
+            yield step, file.readline()
+        else:
+            yield step, step.arg.reader(file) if step.arg else None
+        if step.name == "STOP":
+            return
+    raise ValueError("it is cut off, or empty")
 
 
 class _Look:

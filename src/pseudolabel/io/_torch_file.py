@@ -2,6 +2,7 @@
 
 import io
 import os
+import tarfile
 import zipfile
 from typing import Any
 
@@ -28,18 +29,22 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     """
     with open_file(path) as file:
         try:
-            if zipfile.is_zipfile(file):
+            start = file.read(4)
+            file.seek(0)
+            if start == b"PK\3\4":  # as PyTorch decides it
                 with zipfile.ZipFile(file) as archive:
                     # `torch.save` does not compress: all together is smaller than the file.
                     check_archive(archive, os.fstat(file.fileno()).st_size, "the file")
                     for member in archive.infolist():  # several may have one name
                         if member.filename.lower().endswith(".pkl"):
                             check_pickle(io.BytesIO(archive.read(member)), refused=_REFUSED)
+            elif tarfile.is_tarfile(file):
+                raise ValueError("an archive as PyTorch wrote before 0.2")
             else:  # as before PyTorch 1.6: five pickles, then the bytes of the tensors
                 file.seek(0)
-                start = io.BytesIO(file.read(_PICKLES))
+                pickles = io.BytesIO(file.read(_PICKLES))
                 for _ in range(5):
-                    check_pickle(start, refused=_REFUSED)
+                    check_pickle(pickles, refused=_REFUSED)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
