@@ -2,7 +2,8 @@
 
 Shapes and dtypes are always checked: that costs no device work. Values (finite, in range) are checked where
 wrong ones would give a wrong answer in silence; on an accelerator that is one synchronisation, which
-``PSEUDOLABEL_CHECKS=0`` in the environment saves. Under ``torch.compile`` values are not checked.
+``PSEUDOLABEL_CHECKS=0`` in the environment saves. Under ``torch.compile`` values are not checked. The rest is
+traced, for which PyTorch before 2.10 needs it free of ``isinstance(x, int | float)`` and ``get_args``.
 """
 
 import math
@@ -252,7 +253,7 @@ def check_probability(name: str, value: float) -> None:
 
 def check_choice(name: str, value: str, literal: Any) -> None:
     """Check that a setting is one of the names of a ``Literal``."""
-    if value not in (known := list(literal.__args__)):  # `get_args` ends a compiled graph before torch 2.10
+    if value not in (known := list(literal.__args__)):
         raise ValueError(f"{name}: expected one of {known}, got {value!r}")
 
 
