@@ -23,9 +23,9 @@ PUBLIC = [*ROOMS, "cli.ray"]  # what else is to be imported
 
 
 def signature(value: object) -> str:
-    """Signature without the places in memory that default objects print."""
+    """Signature without what one run prints and another does not: places in memory, 3.13's `pathlib._local`."""
     try:
-        return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
+        return re.sub(r" at 0x[0-9a-f]+|(?<=pathlib\.)_local\.", "", str(inspect.signature(value)))
     except ValueError:  # exceptions have that of a built-in
         return "(...)"
 
