@@ -23,7 +23,7 @@ PUBLIC = [*ROOMS, "cli.ray"]  # what else is to be imported
 
 
 def signature(value: object) -> str:
-    """Signature without what one run prints and another does not: places in memory, 3.13's `pathlib._local`."""
+    """Signature without what not every run prints: places in memory, and `pathlib._local` of Python 3.13."""
     try:
         return re.sub(r" at 0x[0-9a-f]+|(?<=pathlib\.)_local\.", "", str(inspect.signature(value)))
     except ValueError:  # exceptions have that of a built-in
