@@ -1,4 +1,4 @@
-# make demo | test | test-backbones | test-ray | check | docs | bench | clean
+# make demo | test | test-floors | test-newest | test-backbones | test-ray | check | docs | bench | clean
 # Everything runs in .venv, made on first use with Python >= 3.11.
 
 PYTHON ?= python3
@@ -10,10 +10,11 @@ export OMP_NUM_THREADS ?= 1
 EXTRAS ?= test
 JOBS   ?= 2
 TESTS  ?=
+CONSTRAINTS ?= constraints.txt
 
-install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-backbones test-ray check docs bench clean
+.PHONY: demo test test-floors test-newest test-backbones test-ray check docs bench clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("pseudolabel needs Python >= 3.11, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -27,6 +28,14 @@ demo: $(BIN)/python
 test: $(BIN)/python
 	$(install) --editable ".[$(EXTRAS)]"
 	$(BIN)/python -m pytest -n $(JOBS) -q $(TESTS)
+
+# The oldest releases that pyproject.toml allows, and the newest ones; each in a virtual environment of its own for each
+# Python: `make test-newest PYTHON=python3.13`. The floors of numpy and scipy have wheels for Python 3.11 and 3.12 only.
+test-floors:
+	$(MAKE) test VENV=.venv-floors-$(notdir $(PYTHON)) CONSTRAINTS=constraints-floors.txt
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest-$(notdir $(PYTHON)) CONSTRAINTS=constraints-newest.txt
 
 # Real architectures of transformers, timm and torchvision, random weights; in a virtual environment of their own.
 test-backbones:
@@ -52,4 +61,4 @@ bench: $(BIN)/python
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) .venv-backbones .venv-ray site dist build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* site dist build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

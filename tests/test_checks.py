@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 import torch
@@ -76,9 +77,9 @@ def test_numbers() -> None:
 
 
 def test_choices() -> None:
-    _checks.check_choice("a", "x", ["x", "y"])
+    _checks.check_choice("a", "x", Literal["x", "y"])
     with pytest.raises(ValueError, match=r"a: expected one of \['x', 'y'\], got 'z'"):
-        _checks.check_choice("a", "z", ["x", "y"])
+        _checks.check_choice("a", "z", Literal["x", "y"])
 
 
 def test_value_checks_can_be_switched_off() -> None:

@@ -428,7 +428,8 @@ def test_precision_table(function: str) -> None:
         compiles = "yes"
     except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
         compiles = "no"
-    assert compiles == one_graph
+    recent = "yes" if torch.__version__ >= (2, 10) else "no"
+    assert compiles == {"from 2.10": recent}.get(one_graph, one_graph)
 
 
 # ------------------------------------------------------------------------------------ commands, links, files

@@ -23,9 +23,9 @@ PUBLIC = [*ROOMS, "cli.ray"]  # what else is to be imported
 
 
 def signature(value: object) -> str:
-    """Signature without the places in memory that default objects print."""
+    """Signature without what not every run prints: places in memory, and `pathlib._local` of Python 3.13."""
     try:
-        return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
+        return re.sub(r" at 0x[0-9a-f]+|(?<=pathlib\.)_local\.", "", str(inspect.signature(value)))
     except ValueError:  # exceptions have that of a built-in
         return "(...)"
 

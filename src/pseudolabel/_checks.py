@@ -2,13 +2,15 @@
 
 Shapes and dtypes are always checked: that costs no device work. Values (finite, in range) are checked where
 wrong ones would give a wrong answer in silence; on an accelerator that is one synchronisation, which
-``PSEUDOLABEL_CHECKS=0`` in the environment saves. Under ``torch.compile`` values are not checked.
+``PSEUDOLABEL_CHECKS=0`` in the environment saves. Under ``torch.compile`` values are not checked. The rest is
+traced, for which PyTorch before 2.10 needs it free of ``isinstance(x, int | float)`` and ``get_args``.
 """
 
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,14 +90,14 @@ def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
                     f"{name}: expected shape ({pattern.replace(' ', ', ')}) with {axis} >= 1, "
                     f"got {tuple(value.shape)}"
                 )
-            expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+            if axis not in sizes and not axis.isdigit():
+                sizes[axis], owner[axis] = size, name
+            expected = int(axis) if axis.isdigit() else sizes[axis]
             if size != expected:
                 source = f" with {axis}={expected} from {owner[axis]}" if axis in owner else ""
                 raise ValueError(
                     f"{name}: expected shape ({pattern.replace(' ', ', ')}){source}, got {tuple(value.shape)}"
                 )
-            if not axis.isdigit():
-                owner.setdefault(axis, name)
     return sizes
 
 
@@ -165,7 +167,7 @@ def check_number(
     """Check that a setting is a number in the stated range, and finite in float32 as well."""
     if (
         isinstance(value, bool)
-        or not isinstance(value, int | float)
+        or not isinstance(value, (int, float))
         or not -_LARGEST <= value <= _LARGEST  # a NaN fails as well
         or not (value > above and at_least <= value <= at_most)
     ):
@@ -203,7 +205,7 @@ def check_size(**sizes: tuple[int, int]) -> None:
     """Check that settings are two integers >= 1, a height and a width."""
     for name, value in sizes.items():
         if (
-            not isinstance(value, tuple | list)
+            not isinstance(value, (tuple, list))
             or len(value) != 2
             or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in value)
         ):
@@ -213,7 +215,7 @@ def check_size(**sizes: tuple[int, int]) -> None:
 def check_sequence(**values: object) -> None:
     """Check that arguments are lists or the like: not one tensor, one number, a text or a dict."""
     for name, value in values.items():
-        if isinstance(value, str | bytes | Mapping | Tensor) or not hasattr(value, "__len__"):
+        if isinstance(value, (str, bytes, Mapping, Tensor)) or not hasattr(value, "__len__"):
             raise TypeError(f"{name}: expected a list or tuple, got {_describe(value)}")
 
 
@@ -249,9 +251,9 @@ def check_probability(name: str, value: float) -> None:
     check_number(name, value, at_least=0, at_most=1)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Check that a setting is one of the named choices."""
-    if value not in (known := list(choices)):
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Check that a setting is one of the names of a ``Literal``."""
+    if value not in (known := list(literal.__args__)):
         raise ValueError(f"{name}: expected one of {known}, got {value!r}")
 
 

@@ -1069,6 +1069,7 @@ def test_functions_compile_to_one_graph() -> None:
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
+@pytest.mark.xfail(torch.__version__ < (2, 10), reason="older releases cannot trace a count of classes")
 def test_training_compiles_to_one_graph() -> None:
     head, (features, cam, labels, superpixels) = head_and_inputs()
     head.refine = partial(superpixel_refine, num_regions=12)

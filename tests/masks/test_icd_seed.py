@@ -315,6 +315,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(icd_seed(icd_map, cam, labels.bool()), icd_seed(icd_map, cam, labels.float()))
 
 
+@pytest.mark.xfail(torch.__version__ < (2, 10), reason="older releases cannot trace a count of classes")
 def test_compiles_to_one_graph() -> None:
     icd_map, cam, labels = case()
     compiled = torch.compile(icd_seed, fullgraph=True, backend="eager")

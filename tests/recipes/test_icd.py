@@ -176,6 +176,7 @@ def test_devices(device: torch.device) -> None:
     assert (mask.cpu() == icd(*arguments)).float().mean() > 0.995
 
 
+@pytest.mark.xfail(torch.__version__ < (2, 10), reason="older releases cannot trace a count of classes")
 def test_compiles_to_one_graph() -> None:
     image, logits, cam, labels = case()
     image = image[..., :6, :9]  # maps of the image's size: resizing looks at the number of present classes

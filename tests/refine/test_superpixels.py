@@ -530,6 +530,7 @@ def test_bool_and_float_labels() -> None:
     assert torch.equal(superpixel_refine(scores, superpixels, labels.float()), refined)
 
 
+@pytest.mark.xfail(torch.__version__ < (2, 10), reason="older releases cannot trace a count of classes")
 def test_compiles_to_one_graph() -> None:
     scores, superpixels, labels = case(fine=(11, 10))
     compiled = torch.compile(superpixel_refine, fullgraph=True, backend="eager")

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -252,8 +252,8 @@ def class_attention_map(
         Class-to-patch attention as described in MCTformer (Xu et al., CVPR 2022), which takes the last
         layers; for a single class token as in DINO (Caron et al., ICCV 2021).
     """
-    check_choice("layer_reduction", layer_reduction, get_args(Reduction))
-    check_choice("head_reduction", head_reduction, get_args(Reduction))
+    check_choice("layer_reduction", layer_reduction, Reduction)
+    check_choice("head_reduction", head_reduction, Reduction)
     check_count(num_class_tokens=num_class_tokens)
     stack = attention_layers(attention, layers)
     h, w = find_grid("attention", stack[0].shape[-1], grid, size, num_prefix_tokens)

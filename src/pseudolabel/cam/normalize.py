@@ -1,6 +1,6 @@
 """Normalisation of class activation maps."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def normalize_cam(cam: Tensor, method: NormalizationMethod = "max", eps: float =
     """
     check_shapes(cam=(cam, "B C h w"))
     check_float(cam=cam)
-    check_choice("method", method, get_args(NormalizationMethod))
+    check_choice("method", method, NormalizationMethod)
     check_number("eps", eps, above=0)
     check_finite(cam=cam)
     if method == "none" or cam.numel() == 0:

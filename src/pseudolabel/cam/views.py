@@ -1,7 +1,7 @@
 """Views of an image at several scales and mirrored, and the merging of their maps."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def merge_views(
     for number, cam in enumerate(cams):
         check_shapes(**{"cams[0]": (cams[0], "B C h w"), f"cams[{number}]": (cam, "B C hi wi")})
         check_float(**{f"cams[{number}]": cam})
-    check_choice("flip_merge", flip_merge, get_args(FlipMerge))
+    check_choice("flip_merge", flip_merge, FlipMerge)
     if labels is not None:
         check_shapes(labels=(labels, "B C"), **{"cams[0]": (cams[0], "B C h w")})
         check_labels(labels)

@@ -1,6 +1,6 @@
 """Compensator: maps take over what looks alike in the batch, and the classifier follows them."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def compensation_loss(
     check_shapes(cam=(cam, "B C H W"), compensated=(compensated[:, 1:], "B C h w"), labels=(labels, "B C"))
     check_float(cam=cam)
     check_number("keep_ratio", keep_ratio, above=0, at_most=1)
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, Reduction)
     if labels.device.type == "cpu":  # accelerators would have to be waited for
         check_labels(labels)
         check_finite(cam=cam, compensated=compensated)  # a NaN would not be among the largest

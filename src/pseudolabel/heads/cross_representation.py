@@ -1,7 +1,7 @@
 """Cross-representation refinement: maps spread along what looks alike, shallow and deep features apart."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def cross_representation_refine(
     Source:
         As `CrossRepresentationRefinement`.
     """
-    check_choice("reduction", reduction, get_args(Merge))
+    check_choice("reduction", reduction, Merge)
     check_shapes(seed=(seed, "B 1+C h' w'"))
     check_float(seed=seed)
     check_sequence(features=features)
@@ -139,7 +139,7 @@ class CrossRepresentationRefinement(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, get_args(Merge))
+        check_choice("reduction", reduction, Merge)
         check_number("eps", eps, above=0)
         _check_channels("shallow", shallow_channels, shallow_reduce)
         _check_channels("deep", deep_channels, deep_reduce)

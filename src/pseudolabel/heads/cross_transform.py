@@ -6,7 +6,7 @@ views are held against both sets. All but the last is without gradient.
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ def topk_pixels(
     sizes = check_shapes(scores=(scores, "B K h w"))
     check_float(scores=scores)
     check_number("ratio", ratio, above=0, at_most=1)
-    check_choice("background", background, get_args(BackgroundRanking))
+    check_choice("background", background, BackgroundRanking)
     if k is None:
         k = max(1, int(ratio * sizes["h"] * sizes["w"]))
     check_count(k=k)
@@ -462,7 +462,7 @@ class CrossTransformRegularization(nn.Module):
         _check_contrast(temperature, weights)
         check_number("topk_ratio", topk_ratio, above=0, at_most=1)
         check_probability("background", background)
-        check_choice("background_ranking", background_ranking, get_args(BackgroundRanking))
+        check_choice("background_ranking", background_ranking, BackgroundRanking)
         self.temperature = temperature
         self.weights = weights
         self.topk_ratio = topk_ratio

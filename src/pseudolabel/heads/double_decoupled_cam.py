@@ -5,7 +5,7 @@ absent ones masked: no shape depends on the data.
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -596,7 +596,7 @@ class DoubleDecoupledCAM(nn.Module):
         check_number("fb_weight", fb_weight, at_least=0)
         check_number("exclusivity_weight", exclusivity_weight, at_least=0)
         _check_metric(scale, margin)
-        check_choice("fb", fb, get_args(ForegroundBackground))
+        check_choice("fb", fb, ForegroundBackground)
         self.scale, self.margin = scale, margin
         self.category_weight = category_weight
         self.fb_weight = fb_weight

@@ -9,7 +9,7 @@ computed and absent ones masked: no shape depends on the data.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -912,7 +912,7 @@ def _check_valid_mask(name: str, maps: Tensor, valid_mask: Tensor) -> None:
 
 def _reduce(loss: Tensor, valid_mask: Tensor | None, reduction: Reduction) -> Tensor:
     """Mean over images and their positions, sum over classes."""
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, Reduction)
     if reduction == "none":
         return loss
     if reduction == "sum":

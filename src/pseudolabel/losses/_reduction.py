@@ -1,6 +1,6 @@
 """How losses of pixels become one number."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def mean(loss: Tensor, valid: Tensor, over: Over = "valid") -> Tensor:
 
 def reduce(loss: Tensor, valid: Tensor, reduction: Reduction, over: Over = "valid") -> Tensor:
     """Apply a `reduction` to losses of pixels, of which ignored ones are 0."""
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, Reduction)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else mean(loss, valid, over)

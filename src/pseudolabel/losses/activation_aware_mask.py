@@ -1,6 +1,6 @@
 """Activation-aware mask loss: saliency teaches foreground, class activations say where it is blind."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def activation_aware_mask_loss(
     )
     check_float(logits=logits)
     check_channels(labels.shape[1], "labels", logits=logits)
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, Reduction)
     if valid is not None:
         check_shapes(saliency=(saliency, "B H W"), valid=(valid, "B H W"))
         if valid.dtype != torch.bool:
@@ -219,7 +219,7 @@ class ActivationAwareMaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_settings(mode, saliency_threshold, activation_threshold, empty_saliency)
-        check_choice("reduction", reduction, get_args(Reduction))
+        check_choice("reduction", reduction, Reduction)
         self.mode: ActivationAwareMode = mode
         self.saliency_threshold = saliency_threshold
         self.activation_threshold = activation_threshold
@@ -259,7 +259,7 @@ class ActivationAwareMaskLoss(nn.Module):
 def _check_settings(
     mode: str, saliency_threshold: float, activation_threshold: float, empty_saliency: str
 ) -> None:
-    check_choice("mode", mode, get_args(ActivationAwareMode))
+    check_choice("mode", mode, ActivationAwareMode)
     check_probability("saliency_threshold", saliency_threshold)
     check_probability("activation_threshold", activation_threshold)
-    check_choice("empty_saliency", empty_saliency, get_args(EmptySaliency))
+    check_choice("empty_saliency", empty_saliency, EmptySaliency)

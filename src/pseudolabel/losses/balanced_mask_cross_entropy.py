@@ -1,7 +1,5 @@
 """Balanced mask cross-entropy: classes with few pixels in a mask count more, images with gaps not at all."""
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -145,5 +143,5 @@ class BalancedMaskCrossEntropy(nn.Module):
 
 
 def _check_settings(reduction: str, mean_over: str) -> None:
-    check_choice("reduction", reduction, get_args(Reduction))
-    check_choice("mean_over", mean_over, get_args(Over))
+    check_choice("reduction", reduction, Reduction)
+    check_choice("mean_over", mean_over, Over)

@@ -1,7 +1,5 @@
 """Equivariance: two views of an image should show the same maps."""
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,7 +56,7 @@ def equivariance_loss(
     """
     check_shapes(cam1=(cam1, "B C h w"), cam2=(cam2, "B C h w"))
     check_float(cam1=cam1, cam2=cam2)
-    check_choice("mean_over", mean_over, get_args(Over))
+    check_choice("mean_over", mean_over, Over)
     difference = (cam1.to(working_dtype(cam1)) - cam2.to(working_dtype(cam2))).abs()
     loss = zero_absent(difference, labels, "cam1")
     present = torch.ones_like(loss, dtype=torch.bool)
@@ -136,8 +134,8 @@ class EquivarianceLoss(nn.Module):
 
     def __init__(self, *, reduction: Reduction = "mean", mean_over: Over = "valid") -> None:
         super().__init__()
-        check_choice("reduction", reduction, get_args(Reduction))
-        check_choice("mean_over", mean_over, get_args(Over))
+        check_choice("reduction", reduction, Reduction)
+        check_choice("mean_over", mean_over, Over)
         self.reduction: Reduction = reduction
         self.mean_over: Over = mean_over
 
@@ -156,7 +154,7 @@ class EquivariantCrossLoss(nn.Module):
     def __init__(self, *, keep_ratio: float = 0.2, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_number("keep_ratio", keep_ratio, above=0, at_most=1)
-        check_choice("reduction", reduction, get_args(Reduction))
+        check_choice("reduction", reduction, Reduction)
         self.keep_ratio = keep_ratio
         self.reduction: Reduction = reduction
 

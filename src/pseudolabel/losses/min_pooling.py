@@ -1,7 +1,5 @@
 """Min pooling: part of each image has to stay free of every class."""
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +64,7 @@ class MinPoolingLoss(nn.Module):
     def __init__(self, *, fraction: float = 0.25, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_number("fraction", fraction, above=0, at_most=1)
-        check_choice("reduction", reduction, get_args(Reduction))
+        check_choice("reduction", reduction, Reduction)
         self.fraction = fraction
         self.reduction: Reduction = reduction
 

@@ -1,7 +1,5 @@
 """Pixel-prototype contrast: each pixel should look like the prototype of its class, unlike all others."""
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 
@@ -97,7 +95,7 @@ class PixelPrototypeNCE(nn.Module):
     ) -> None:
         super().__init__()
         check_number("temperature", temperature, above=0)
-        check_choice("reduction", reduction, get_args(Reduction))
+        check_choice("reduction", reduction, Reduction)
         self.temperature = temperature
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction

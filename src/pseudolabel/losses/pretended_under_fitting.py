@@ -1,6 +1,6 @@
 """Pretended under-fitting: once a network fits its noisy masks, it lets go of what it does not fit."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -178,9 +178,9 @@ class PretendedUnderFittingLoss(nn.Module):
 
 
 def _check_settings(mode: str, beta: float, k: float, gate_over: str, mean_over: str) -> None:
-    check_choice("mode", mode, get_args(UnderFittingMode))
-    check_choice("gate_over", gate_over, get_args(Over))
-    check_choice("mean_over", mean_over, get_args(Over))
+    check_choice("mode", mode, UnderFittingMode)
+    check_choice("gate_over", gate_over, Over)
+    check_choice("mean_over", mean_over, Over)
     if beta != float("inf"):  # which keeps the gate open
         check_number("beta", beta, at_least=0)
     check_number("k", k, above=0)

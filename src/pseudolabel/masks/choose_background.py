@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def choose_background(
         >>> choice.value, choice.miou
         (0.5, 1.0)
     """
-    check_choice("rule", rule, get_args(BackgroundRule))
+    check_choice("rule", rule, BackgroundRule)
     values = tuple(_CANDIDATES[rule] if candidates is None else candidates)
     if not values:
         raise ValueError("candidates: expected at least one value, got none")

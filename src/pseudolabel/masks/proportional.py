@@ -1,7 +1,7 @@
 """Proportional pseudo-masks: each class finds its foreground alone, shares decide where they meet."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 ShareOver = Literal["foreground", "all"]
+ShareOf = Literal["raw", "smoothed"]
 Refiner = Callable[[Tensor, Tensor], Tensor]
 
 _pmm_crf = DenseCRF(**CRF_PRESETS["pmm"])
@@ -113,7 +114,7 @@ def proportional_argmax(
     if foreground.dtype != torch.bool:
         raise TypeError(f"foreground: expected a bool tensor, got {foreground.dtype}")
     check_number("offset", offset, at_least=0)
-    check_choice("share_over", share_over, get_args(ShareOver))
+    check_choice("share_over", share_over, ShareOver)
     check_finite(cam=cam)
     cam = cam.to(working_dtype(cam))
     claimed = cam.where(foreground, 0)
@@ -135,7 +136,7 @@ def proportional_pseudo_mask(
     cut: float = 0.5,
     offset: float = 1.0,
     share_over: ShareOver = "foreground",
-    share_of: Literal["raw", "smoothed"] = "raw",
+    share_of: ShareOf = "raw",
 ) -> Tensor:
     """Make a mask from class maps: smooth, find each class's foreground alone, let the larger share decide.
 
@@ -182,7 +183,7 @@ def proportional_pseudo_mask(
     check_shapes(image=(image, "B 3 H W"), cam=(cam, "B C h w"), labels=(labels, "B C"))
     check_float(image=image, cam=cam)
     check_labels(labels)
-    check_choice("share_of", share_of, ["raw", "smoothed"])
+    check_choice("share_of", share_of, ShareOf)
     check_unit_range(image=image, cam=cam)
     index, valid = present_classes(labels)
     raw = resize(gather_present(cam, index), (image.shape[2], image.shape[3]))
@@ -207,7 +208,7 @@ class ProportionalPseudoMask(nn.Module):
         cut: float = 0.5,
         offset: float = 1.0,
         share_over: ShareOver = "foreground",
-        share_of: Literal["raw", "smoothed"] = "raw",
+        share_of: ShareOf = "raw",
     ) -> None:
         super().__init__()
         self.alpha = alpha
@@ -217,7 +218,7 @@ class ProportionalPseudoMask(nn.Module):
         self.cut = cut
         self.offset = offset
         self.share_over: ShareOver = share_over
-        self.share_of: Literal["raw", "smoothed"] = share_of
+        self.share_of: ShareOf = share_of
 
     def forward(self, image: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
         """See `proportional_pseudo_mask`."""

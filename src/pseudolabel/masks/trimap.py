@@ -1,6 +1,6 @@
 """Trimaps: the pixels that maps, or a mask, are sure of, and the unknown ones between them."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def trimap_from_cam(
         Supervised Semantic Segmentation" (Mat-Label), ICCV 2023. Its rule and thresholds are not public: the
         rule and its guards are ours. Thresholds of ``kind`` "cam" are published ones: see `TRIMAP_PRESETS`.
     """
-    check_choice("kind", kind, get_args(TrimapKind))
+    check_choice("kind", kind, TrimapKind)
     posterior = kind == "posterior"
     check_shapes(cam=(cam, "B 1+C h w" if posterior else "B C h w"), labels=(labels, "B C"))
     if posterior:
@@ -287,7 +287,7 @@ class TrimapBuilder(nn.Module):
         max_unknown: float = 1.0,
     ) -> None:
         super().__init__()
-        check_choice("kind", kind, get_args(TrimapKind))
+        check_choice("kind", kind, TrimapKind)
         _check_settings(
             kind=kind,
             foreground=foreground,

@@ -1,7 +1,7 @@
 """Regions vote: superpixels, or overlapping proposals such as SAM's, give their pixels one label."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -422,5 +422,5 @@ def _check_vote_settings(
     for name, value in (("min_cover", min_cover), ("min_iou", min_iou)):
         if value is not None:
             check_number(name, value, above=0, at_most=1)
-    check_choice("undecided", undecided, get_args(Rest))
-    check_choice("uncovered", uncovered, get_args(Rest))
+    check_choice("undecided", undecided, Rest)
+    check_choice("uncovered", uncovered, Rest)

@@ -1,6 +1,6 @@
 """Matting Laplacians that are stencils: each pixel is joined to those of a small square around it."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,10 +10,9 @@ from pseudolabel.matting._pixels import Pixels, pad
 from pseudolabel.matting._solver import LinearMap
 from pseudolabel.matting._system import Laplacian
 
-__all__ = ["PRECONDITIONERS", "Preconditioner", "stencil_laplacian"]
+__all__ = ["Preconditioner", "stencil_laplacian"]
 
 Preconditioner = Literal["v-cycle", "jacobi"]
-PRECONDITIONERS = get_args(Preconditioner)
 
 
 def stencil_laplacian(

@@ -16,7 +16,7 @@ from pseudolabel._checks import (
 )
 from pseudolabel._maps import working_dtype
 from pseudolabel.matting._pixels import Pixels
-from pseudolabel.matting._stencil import PRECONDITIONERS, Preconditioner, stencil_laplacian
+from pseudolabel.matting._stencil import Preconditioner, stencil_laplacian
 from pseudolabel.matting._system import Laplacian, MattingReport, check_request, matte
 
 __all__ = ["closed_form_matting", "matting_energy"]
@@ -149,7 +149,7 @@ def closed_form_matting(
     check_unit_range(image=image)
     _check_size(image)
     check_number("eps", eps, above=0)
-    check_choice("preconditioner", preconditioner, PRECONDITIONERS)
+    check_choice("preconditioner", preconditioner, Preconditioner)
     check_request(trimap, rtol=rtol, max_iter=max_iter, prior=prior, prior_weight=prior_weight, x0=x0)
     dtype = torch.promote_types(working_dtype(image), working_dtype(trimap))
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def pymatting_matting(
         takes a while.
     """
     check_inputs(image, trimap)
-    check_choice("solver", solver, get_args(PymattingSolver))
+    check_choice("solver", solver, PymattingSolver)
     check_number("rtol", rtol, above=0)
     check_number("max_iter", max_iter, at_least=1)
     if solver == "rw" and "sigma" in settings:

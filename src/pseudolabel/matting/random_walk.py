@@ -8,7 +8,7 @@ from torch import Tensor
 from pseudolabel._checks import check_choice, check_finite, check_float, check_number, check_shapes
 from pseudolabel._maps import working_dtype
 from pseudolabel.matting._pixels import Pixels, pad
-from pseudolabel.matting._stencil import PRECONDITIONERS, Preconditioner, stencil_laplacian
+from pseudolabel.matting._stencil import Preconditioner, stencil_laplacian
 from pseudolabel.matting._system import Laplacian, MattingReport, check_request, matte
 
 __all__ = ["random_walk_matting"]
@@ -111,7 +111,7 @@ def random_walk_matting(
         raise ValueError(f"guidance: expected at least one channel, got {tuple(guidance.shape)}")
     check_finite(guidance=guidance)
     check_number("beta", beta, at_least=0)
-    check_choice("preconditioner", preconditioner, PRECONDITIONERS)
+    check_choice("preconditioner", preconditioner, Preconditioner)
     check_request(trimap, rtol=rtol, max_iter=max_iter, prior=prior, prior_weight=prior_weight, x0=x0)
     dtype = torch.promote_types(working_dtype(guidance), working_dtype(trimap))
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,7 +57,7 @@ class MattingRefiner(nn.Module):
 
     def __init__(self, method: MattingMethod = "closed_form", *, scale: float = 1.0, **settings: Any) -> None:
         super().__init__()
-        check_choice("method", method, get_args(MattingMethod))
+        check_choice("method", method, MattingMethod)
         check_number("scale", scale, above=0, at_most=1)
         known = inspect.signature(METHODS[method]).parameters
         if method != "pymatting" and (wrong := settings.keys() - (known.keys() - OF_AN_IMAGE)):

@@ -1,7 +1,5 @@
 """Boundary quality of label maps."""
 
-from typing import get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,7 +129,7 @@ def boundary_f_from_counts(counts: Tensor, *, absent: Absent = "skip") -> Tensor
     """
     check_shapes(counts=(counts, "... N 4"))
     check_integer(counts=counts)
-    check_choice("absent", absent, get_args(Absent))
+    check_choice("absent", absent, Absent)
     predicted_matched, predicted, true_matched, true = counts.double().unbind(-1)
     precision = predicted_matched / predicted.clamp(min=1)
     recall = true_matched / true.clamp(min=1)

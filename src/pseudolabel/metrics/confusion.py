@@ -1,6 +1,6 @@
 """Confusion matrix of label maps, and the rates that are read off it."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def confusion_matrix(
                 [1, 1]])
     """
     check_shapes(mask=(mask, "B H W"), truth=(truth, "B H W"))
-    check_choice("pred_ignore", pred_ignore, get_args(PredIgnore))
+    check_choice("pred_ignore", pred_ignore, PredIgnore)
     check_classes(num_classes, ignore_index, mask=mask, truth=truth)
 
     # Ignored pixels get a row and a column of their own behind the classes: shapes stay fixed.
@@ -159,7 +159,7 @@ def over_under_segmentation(confusion: Tensor, *, absent: Absent = "skip") -> tu
 def _shares_of_union(confusion: Tensor, absent: Absent) -> tuple[Tensor, Tensor, Tensor]:
     """TP, FP and FN, each over their sum; NaN for classes that are left out."""
     sizes = check_shapes(confusion=(confusion, "... N M"))
-    check_choice("absent", absent, get_args(Absent))
+    check_choice("absent", absent, Absent)
     if confusion.is_complex() or confusion.dtype == torch.bool:
         raise TypeError(f"confusion: expected counts, got a tensor of dtype {confusion.dtype}")
     if sizes["M"] - sizes["N"] not in (0, 1) or sizes["N"] == 0:

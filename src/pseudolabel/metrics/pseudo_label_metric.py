@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -109,8 +109,8 @@ class PseudoLabelMetric:
         absent: Absent = "skip",
     ) -> None:
         check_classes(num_classes, ignore_index)
-        check_choice("pred_ignore", pred_ignore, get_args(PredIgnore))
-        check_choice("absent", absent, get_args(Absent))
+        check_choice("pred_ignore", pred_ignore, PredIgnore)
+        check_choice("absent", absent, Absent)
         if class_names is None:
             class_names = ["background", *(f"class {k}" for k in range(1, num_classes))]
         if (

@@ -96,7 +96,7 @@ def rtc(
     views = []
     for view in make_views(image, scales, flip):
         outputs = network(view)
-        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+        if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
             raise ValueError(
                 f"network(image): expected a pair, maps and logits, got {type(outputs).__name__}"
             )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ def _check_settings(
     iterations: int,
     backend: str,
 ) -> None:
-    check_choice("backend", backend, get_args(CRFBackend))
+    check_choice("backend", backend, CRFBackend)
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
         raise ValueError(f"iterations: expected a whole number >= 0, got {iterations!r}")
     kernels: dict[str, tuple[Sequence[float] | None, tuple[str, ...]]] = {
