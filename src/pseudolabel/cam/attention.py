@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from pseudolabel._attention import attention_layers
 from pseudolabel._checks import check_choice, check_count
 from pseudolabel._maps import working_dtype
+from pseudolabel.cam._network import hook_here
 from pseudolabel.cam.tokens import find_grid
 
 __all__ = ["capture_attention", "class_attention_map"]
@@ -70,16 +71,10 @@ def capture_attention(
         [torch.Size([1, 2, 5, 5])]
     """
     watch = _AttentionWatch(layers, average_heads, detach)
-    handles = [
-        model.register_forward_pre_hook(watch.begin),
-        model.register_forward_hook(watch.end),
-    ]
-    try:
-        with watch:
-            yield watch.found
-    finally:
-        for handle in handles:
-            handle.remove()
+    begin = hook_here(model.register_forward_pre_hook, watch.begin)
+    end = hook_here(model.register_forward_hook, watch.end)
+    with begin, end, watch:
+        yield watch.found
 
 
 class _AttentionWatch(TorchFunctionMode):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pseudolabel._checks import check_count, check_float, check_labels, check_shapes
 from pseudolabel._maps import present_classes, scatter_present, working_dtype
-from pseudolabel.cam._network import EvalMode, find_module
+from pseudolabel.cam._network import EvalMode, find_module, hook_here
 from pseudolabel.cam.find_layers import find_target_layer, returns_tokens
 
 __all__ = [
@@ -325,12 +325,9 @@ class GradCAM:
             rest = first.clone()  # the network may go on in place
             return rest if isinstance(output, Tensor) else type(output)([rest, *output[1:]])
 
-        handle = self.target_layer.register_forward_hook(take)
-        try:
-            with torch.set_grad_enabled(self.create_graph):
-                output = self.model(*args, **kwargs)
-        finally:
-            handle.remove()
+        hook = hook_here(self.target_layer.register_forward_hook, take)
+        with hook, torch.set_grad_enabled(self.create_graph):
+            output = self.model(*args, **kwargs)
         if not seen:
             raise ValueError("target_layer: expected a layer that the network runs, got one that it does not")
         return output, seen[-1]
