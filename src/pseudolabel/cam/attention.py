@@ -41,6 +41,7 @@ def capture_attention(
     - `F.multi_head_attention_forward`, of `nn.MultiheadAttention` (torchvision, open_clip), which is asked
       for its weights. While the network trains these include its dropout; the others do not.
 
+    What counts is what this thread runs: others may run the network meanwhile, with lists of their own.
     Attention between different tokens (cross attention, pooling heads) is left out. Swin attends in windows,
     each an element of B here. Not seen: attention inside of compiled networks, and by other kernels (flash
     or flex attention of transformers, xformers). A run without any attention caught is an error.

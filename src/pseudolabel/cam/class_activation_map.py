@@ -75,6 +75,10 @@ class CAM:
     exist only while the network runs. Maps are differentiable; wrap the call in `torch.no_grad()` when no
     gradient is wanted.
 
+    Threads may share the network, and the extractor: a call sees what its own thread runs, and the modes come
+    back when the last one leaves. A network that runs its parts in threads of its own, as `nn.DataParallel`
+    does on several devices, is an error: hand over its `module`.
+
     Args:
         model: The classifier.
         target_layer: Module, or its name in `model.named_modules()`, whose (B,D,h,w) output are the features.

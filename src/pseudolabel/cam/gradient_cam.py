@@ -191,7 +191,8 @@ class GradCAM:
     Used as a context manager, the network is in eval mode inside the `with` block, and every module gets its
     own mode back afterwards, on errors too. A call outside of a `with` block does the same for itself. The
     hook exists only while the network runs. The caller may be under `torch.no_grad()`, `inference_mode()` or
-    autocast. In float16, gradients under 6e-8 vanish: let `score` multiply what is small.
+    autocast. In float16, gradients under 6e-8 vanish: let `score` multiply what is small. For threads that
+    share a network see `CAM`.
 
     Scores are to depend on their own image alone: with `eval_mode=False`, batch normalisation mixes the
     images.
