@@ -62,7 +62,7 @@ def find_way(
     One's own network, or one whose classifier is named, is taken at its word: `CAM` where it works.
     """
     model, size = network.model, network.size
-    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
     image = image.to(next(iter(model.parameters()), image).device)
     arguments = _arguments(model)
     output, only = _look(model, image, arguments)

@@ -198,7 +198,7 @@ def is_whole(mask_file: Path, photo: Path, labels: Tensor) -> bool:
         mask, size = io.read_mask(mask_file), io.image_size(photo)
     except (OSError, ValueError):
         return False
-    allowed = torch.zeros(256, dtype=torch.bool)
+    allowed = torch.zeros(256, dtype=torch.bool, device="cpu")
     allowed[[0, 255]] = True
     allowed[1 : 1 + len(labels)] = labels
     return tuple(mask.shape) == size and bool(allowed[mask].all())

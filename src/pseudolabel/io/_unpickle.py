@@ -76,7 +76,7 @@ def to_tensor(value: object) -> Tensor:
         return torch.from_numpy(value)
     numbers = value if isinstance(value, list | tuple) else [value]
     if all(isinstance(number, int | float) for number in numbers):
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     raise ValueError(f"expected an array or numbers, got {type(value).__name__}")
 
 
@@ -246,7 +246,7 @@ def _storage(data: bytes) -> _Pickled:
     if count != len(elements) // description.dtype.itemsize or len(elements) % description.dtype.itemsize:
         raise ValueError("a tensor whose bytes do not match its size")
     if count == 0:
-        return _Pickled(torch.empty(0, dtype=description.dtype))
+        return _Pickled(torch.empty(0, dtype=description.dtype, device="cpu"))
     return _Pickled(torch.frombuffer(elements, dtype=description.dtype))
 
 

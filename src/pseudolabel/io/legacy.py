@@ -82,4 +82,6 @@ def _keys_and_maps(content: dict[object, object]) -> tuple[Tensor, Tensor]:
         raise ValueError("the dict is empty: it holds no class and no size")
     if not all(isinstance(key, int) and not isinstance(key, bool) for key in content):
         raise ValueError(f"expected class indices or 'keys', got {sorted(map(str, content))[:8]}")
-    return torch.tensor(list(content)), torch.stack([to_tensor(value) for value in content.values()])
+    return torch.tensor(list(content), device="cpu"), torch.stack(
+        [to_tensor(value) for value in content.values()]
+    )

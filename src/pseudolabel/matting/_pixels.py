@@ -82,4 +82,6 @@ def sparse_rows(index: Tensor, value: Tensor, columns: int) -> Tensor:
     """Sparse matrix (n,columns) with k entries in each row: ``value`` (n,k) at ``index`` (n,k) int32."""
     rows, entries = index.shape
     start = torch.arange(0, rows * entries + 1, entries, dtype=torch.int32, device=index.device)
-    return torch.sparse_csr_tensor(start, index.flatten(), value.flatten(), (rows, columns))
+    return torch.sparse_csr_tensor(
+        start, index.flatten(), value.flatten(), (rows, columns), device=value.device
+    )
