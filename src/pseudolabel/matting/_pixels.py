@@ -5,6 +5,7 @@ and matrices are stencils, the same neighbours for every pixel.
 """
 
 import warnings
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def pad(maps: Tensor) -> Tensor:
     return F.pad(maps, (MARGIN,) * 4).flatten(1)
 
 
-with warnings.catch_warnings():  # "beta state", said once a process
+# "Beta state", said once a process. A tracer that imports this makes no such tensor.
+with warnings.catch_warnings(), suppress(RuntimeError):
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 1], [0], [1.0], device="cpu")
 
