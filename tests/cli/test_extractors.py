@@ -1,4 +1,6 @@
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,7 +202,7 @@ def test_network_that_fails():
 
 
 def test_places_and_copies():
-    """Classes of the labels are those at their places; a copy shares weights, and has hooks of its own."""
+    """Classes of the labels are those at their places; a copy shares weights."""
     model = Conv().eval()
     way = find_way(Classifier(model))
     look = maps_of(model, way, (3, 0), 2)
@@ -215,6 +217,52 @@ def test_places_and_copies():
         with torch.no_grad():
             model.head.weight.zero_()
         assert not look(torch.tensor([[0, 1]]), both).any()
+
+
+@pytest.mark.parametrize("maps", ["cam", "gradcam"])
+def test_threads_have_networks_that_take_notes(maps):
+    """What a network notes down of an image is of that image, whatever the other threads look at."""
+    turn = threading.Barrier(2)
+
+    class Notes(Conv):
+        meet = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.means = x.mean((2, 3))
+            if self.meet:
+                turn.wait(20)
+            return super().forward(x * self.means[:, :, None, None])
+
+    model = Notes().eval()
+    look = maps_of(model, find_way(Classifier(model, own=True), maps, "body"), (0, 1, 2, 3), 2)
+    images = [torch.rand(1, 3, 16, 24), torch.rand(1, 3, 24, 16)]
+
+    def one(image):
+        with torch.no_grad():
+            return look(torch.tensor([[0, 2]]), lambda cam: cam(image))
+
+    wanted = [one(image) for image in images]
+    Notes.meet = True
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one, images))
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_tokens_of_different_sizes_in_threads():
+    """How tokens are laid out depends on the image: the threads do not share it."""
+    model = ViT().eval()
+    way = find_way(Classifier(model, size=32))
+    look = maps_of(model, way, (0, 1, 2, 3), 2)
+    images = [torch.rand(1, 3, 16, 48), torch.rand(1, 3, 48, 16)]
+
+    def one(image):
+        return look(torch.tensor([[0, 2]]), lambda cam: cam(image))
+
+    wanted = [one(image) for image in images]
+    assert wanted[0].shape == (1, 2, 2, 6)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one, images * 20))
+    assert all(map(torch.equal, found, wanted * 20))
 
 
 def test_no_class_count_is_guessed():

@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -183,7 +184,7 @@ def test_surroundings_do_not_change_the_dtype(generator):
     expected = dense_crf(image, probs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(dense_crf(image, probs), expected)
-    module._spatial_filter.cache_clear()
+    module._kept.clear()
     try:
         torch.set_default_dtype(torch.float64)
         assert torch.equal(dense_crf(image, probs), expected)
@@ -209,7 +210,7 @@ def test_leaves_arguments_gradients_and_threads_alone(generator):
     assert torch.equal(probs.detach(), copies[1])
     assert torch.get_num_threads() == threads
     with torch.inference_mode():  # the lattice that is kept serves both
-        module._spatial_filter.cache_clear()
+        module._kept.clear()
         dense_crf(image, probs)
     assert torch.equal(dense_crf(image, probs), refined)
 
@@ -280,15 +281,101 @@ def test_nothing_to_do(shape):
     assert dense_crf(torch.rand(shape[0], 3, 4, 4), torch.zeros(shape)).shape == shape
 
 
-def test_gaussian_lattice_is_kept(generator):
-    module._spatial_filter.cache_clear()
+@pytest.fixture
+def built(monkeypatch):
+    """Sizes of the lattices of positions that are built from now on."""
+    module._kept.clear()
+    sizes, build = [], module._new_spatial_filter
+
+    def count(*size):
+        sizes.append(size)
+        return build(*size)
+
+    monkeypatch.setattr(module, "_new_spatial_filter", count)
+    yield sizes
+    module._kept.clear()
+
+
+def kept_widths() -> list[int]:
+    return [size[2] for size in module._kept]
+
+
+def test_gaussian_lattice_is_kept(generator, built):
     image, probs = random_case(generator)
     for _ in range(3):
         dense_crf(image, probs)
-    assert (module._spatial_filter.cache_info().misses, module._spatial_filter.cache_info().hits) == (1, 2)
-    for width in range(5, 15):
+    assert built == [(1, 9, 13, 3.0, image.device)]
+    for width in (5, 6, 7, 13, 8):
         dense_crf(image[..., :width], probs[..., :width])
-    assert module._spatial_filter.cache_info().currsize <= 4
+    assert kept_widths() == [6, 7, 13, 8]  # the four last used
+    assert len(built) == 5
+
+
+@pytest.mark.parametrize("sxy", [0.1, 1.0, 3.0, 80.0])
+def test_bytes_of_a_lattice(sxy):
+    """It counts all that it holds; what blurs share, more than once."""
+    kernel = module._new_spatial_filter(1, 60, 80, sxy, torch.device("cpu"))
+    matrices = (kernel._slice, kernel._splat, *kernel._blurs)
+    parts = [part for rows in matrices for part in vars(rows).values() if isinstance(part, torch.Tensor)]
+    memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+    assert len(parts) == 15
+    assert sum(memory.values()) <= kernel.nbytes <= 320 * 60 * 80
+    assert kernel.nbytes <= 1.3 * sum(memory.values())
+
+
+def test_lattices_that_are_kept_are_bounded_in_bytes(generator, built, monkeypatch):
+    image, probs = random_case(generator, size=(9, 40))
+    sizes = [module._new_spatial_filter(1, 9, width, 3.0, image.device).nbytes for width in (6, 7, 20)]
+    monkeypatch.setattr(module, "_MOST_BYTES_KEPT", sum(sizes))
+    for width in (5, 6, 20):
+        dense_crf(image[..., :width], probs[..., :width])
+    assert kept_widths() == [5, 6, 20]
+    dense_crf(image[..., :7], probs[..., :7])
+    assert kept_widths() == [6, 20, 7]
+    expected = dense_crf(image, probs, gaussian=(0.5, 3.0))  # too large alone, which costs the others nothing
+    assert kept_widths() == [6, 20, 7]
+    module._kept.clear()
+    monkeypatch.undo()
+    assert torch.equal(dense_crf(image, probs, gaussian=(0.5, 3.0)), expected)
+
+
+def test_a_photo_of_a_camera_leaves_no_lattice(built, monkeypatch):
+    """12 million pixels: by the bytes that a pixel takes, and without building it."""
+
+    class Large:
+        nbytes = 61 * 3000 * 4000
+
+    monkeypatch.setattr(module, "_new_spatial_filter", lambda *_: Large())
+    assert isinstance(module._spatial_filter(1, 3000, 4000, 3.0, torch.device("cpu")), Large)
+    assert not module._kept
+
+
+def test_errors_leave_no_lattice(generator, built, monkeypatch):
+    image, probs = random_case(generator)
+    expected = dense_crf(image, probs)
+    module._kept.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "PermutohedralFilter", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            dense_crf(image, probs)
+    assert not module._kept
+    assert torch.equal(dense_crf(image, probs), expected)
+
+
+def test_lattices_in_threads(generator):
+    """Threads that come upon new sizes together, and push out one another's."""
+    cases = [random_case(generator, size=(7, width)) for width in range(4, 12)]
+    expected = [dense_crf(*case) for case in cases]
+    module._kept.clear()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda case: dense_crf(*case), cases * 15))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(map(torch.equal, found, expected * 15))
+    assert len(module._kept) <= 4
 
 
 def test_presets_are_read_only():

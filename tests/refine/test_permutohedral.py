@@ -128,7 +128,7 @@ def test_names_are_unique_within_reach(extent, generator):
     features = torch.cat([edge, inside], 1)
     names, _ = _permutohedral._locate(features, torch.tensor(steps))
     first = torch.div(names, math.factorial(d + 1), rounding_mode="floor")
-    order = _permutohedral._step_orders(d)[names - first * math.factorial(d + 1)]
+    order = torch.from_numpy(_permutohedral._step_orders(d))[names - first * math.factorial(d + 1)]
     # The same walk in coordinates: rounded points are not returned, so recover them from the features.
     unit = torch.ones(d + 1, d + 1, dtype=torch.long) - (d + 1) * torch.eye(d + 1, dtype=torch.long)
     lifted = _lift(features)

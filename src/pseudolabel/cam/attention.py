@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from pseudolabel._attention import attention_layers
 from pseudolabel._checks import check_choice, check_count
 from pseudolabel._maps import working_dtype
+from pseudolabel.cam._network import hook_here
 from pseudolabel.cam.tokens import find_grid
 
 __all__ = ["capture_attention", "class_attention_map"]
@@ -40,6 +41,7 @@ def capture_attention(
     - `F.multi_head_attention_forward`, of `nn.MultiheadAttention` (torchvision, open_clip), which is asked
       for its weights. While the network trains these include its dropout; the others do not.
 
+    What counts is what this thread runs: others may run the network meanwhile, with lists of their own.
     Attention between different tokens (cross attention, pooling heads) is left out. Swin attends in windows,
     each an element of B here. Not seen: attention inside of compiled networks, and by other kernels (flash
     or flex attention of transformers, xformers). A run without any attention caught is an error.
@@ -70,16 +72,10 @@ def capture_attention(
         [torch.Size([1, 2, 5, 5])]
     """
     watch = _AttentionWatch(layers, average_heads, detach)
-    handles = [
-        model.register_forward_pre_hook(watch.begin),
-        model.register_forward_hook(watch.end),
-    ]
-    try:
-        with watch:
-            yield watch.found
-    finally:
-        for handle in handles:
-            handle.remove()
+    begin = hook_here(model.register_forward_pre_hook, watch.begin)
+    end = hook_here(model.register_forward_hook, watch.end)
+    with begin, end, watch:
+        yield watch.found
 
 
 class _AttentionWatch(TorchFunctionMode):

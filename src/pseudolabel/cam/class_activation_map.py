@@ -1,6 +1,6 @@
 """Class activation maps from the weights of a linear classifier: one forward pass for all classes."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from pseudolabel._checks import check_float, check_shapes
 from pseudolabel._maps import working_dtype
-from pseudolabel.cam._network import EvalMode, find_module, last_names
+from pseudolabel.cam._network import EvalMode, find_module, hook_here, last_names
 from pseudolabel.cam.find_layers import find_classifier, linear_layers
 
 __all__ = ["CAM", "class_activation_map"]
@@ -74,6 +74,10 @@ class CAM:
     own mode back afterwards, on errors too. A call outside of a `with` block does the same for itself. Hooks
     exist only while the network runs. Maps are differentiable; wrap the call in `torch.no_grad()` when no
     gradient is wanted.
+
+    Threads may share the network, and the extractor: a call sees what its own thread runs, and the modes come
+    back when the last one leaves. A network that runs its parts in threads of its own, as `nn.DataParallel`
+    does on several devices, is an error: hand over its `module`.
 
     Args:
         model: The classifier.
@@ -157,18 +161,15 @@ class CAM:
     def _features(self, *args: Any, **kwargs: Any) -> Tensor:
         """Features of one forward pass: the target layer's output, or what the classifier sees pooled."""
         watch = _FeatureWatch(channels=self._weight_and_bias()[0].shape[1])
-        if self.target_layer is not None:
-            handle = self.target_layer.register_forward_hook(watch.see_target)
-            run: AbstractContextManager[object] = nullcontext()
-        else:
-            assert isinstance(self.classifier, nn.Module)  # noqa: S101  (checked in __init__)
-            handle = self.classifier.register_forward_hook(watch.see_classifier)
-            run = watch
-        try:
-            with run:
-                self.model(*args, **kwargs)
-        finally:
-            handle.remove()
+        with ExitStack() as watching:
+            if self.target_layer is not None:
+                hook = hook_here(self.target_layer.register_forward_hook, watch.see_target)
+            else:
+                assert isinstance(self.classifier, nn.Module)  # noqa: S101  (checked in __init__)
+                hook = hook_here(self.classifier.register_forward_hook, watch.see_classifier)
+                watching.enter_context(watch)
+            watching.enter_context(hook)
+            self.model(*args, **kwargs)
         if watch.features is None:
             where = (
                 "target_layer" if self.target_layer else "features (none pooled just before the classifier)"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pseudolabel._checks import check_count, check_float, check_labels, check_shapes
 from pseudolabel._maps import present_classes, scatter_present, working_dtype
-from pseudolabel.cam._network import EvalMode, find_module
+from pseudolabel.cam._network import EvalMode, find_module, hook_here
 from pseudolabel.cam.find_layers import find_target_layer, returns_tokens
 
 __all__ = [
@@ -191,7 +191,8 @@ class GradCAM:
     Used as a context manager, the network is in eval mode inside the `with` block, and every module gets its
     own mode back afterwards, on errors too. A call outside of a `with` block does the same for itself. The
     hook exists only while the network runs. The caller may be under `torch.no_grad()`, `inference_mode()` or
-    autocast. In float16, gradients under 6e-8 vanish: let `score` multiply what is small.
+    autocast. In float16, gradients under 6e-8 vanish: let `score` multiply what is small. For threads that
+    share a network see `CAM`.
 
     Scores are to depend on their own image alone: with `eval_mode=False`, batch normalisation mixes the
     images.
@@ -325,12 +326,9 @@ class GradCAM:
             rest = first.clone()  # the network may go on in place
             return rest if isinstance(output, Tensor) else type(output)([rest, *output[1:]])
 
-        handle = self.target_layer.register_forward_hook(take)
-        try:
-            with torch.set_grad_enabled(self.create_graph):
-                output = self.model(*args, **kwargs)
-        finally:
-            handle.remove()
+        hook = hook_here(self.target_layer.register_forward_hook, take)
+        with hook, torch.set_grad_enabled(self.create_graph):
+            output = self.model(*args, **kwargs)
         if not seen:
             raise ValueError("target_layer: expected a layer that the network runs, got one that it does not")
         return output, seen[-1]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pseudolabel._maps import gather_present
 from pseudolabel.cam import CAM, GradCAM, find_classifier, find_target_layer, tokens_to_map
+from pseudolabel.cam._network import hook_here
 from pseudolabel.cam.find_layers import returns_tokens
 from pseudolabel.cli._console import UserError
 from pseudolabel.cli._models import Classifier
@@ -61,7 +62,7 @@ def find_way(
     One's own network, or one whose classifier is named, is taken at its word: `CAM` where it works.
     """
     model, size = network.model, network.size
-    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
     image = image.to(next(iter(model.parameters()), image).device)
     arguments = _arguments(model)
     output, only = _look(model, image, arguments)
@@ -111,14 +112,12 @@ def _gradient_way(
         reason = f"{layer!r}, which was named"
     target = GradCAM(model, layer, reshape=lambda x: x).target_layer
     seen: list[Tensor] = []
-    handle = target.register_forward_hook(
-        lambda _module, _inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
-        with torch.no_grad():
-            output = model(image, **arguments)
-    finally:
-        handle.remove()
+
+    def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with torch.no_grad(), hook_here(target.register_forward_hook, see):
+        output = model(image, **arguments)
     logits = _logits(output)
     if logits is None or not seen:
         raise UserError(
@@ -183,7 +182,7 @@ def _takes(model: nn.Module, image: Tensor, arguments: dict[str, bool]) -> bool:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A network with modules of its own, for hooks and whatever it remembers, that shares all weights."""
+    """A network with modules of its own, for whatever they remember, that shares all weights."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, dict(shared))
 
@@ -207,39 +206,41 @@ def maps_of(
     """A function for threads: `(index, use)` gives `use` a callable from views to maps of classes `index`.
 
     ``places`` are the model's classes for those of the labels, of which ``index`` (B,P) are those to look
-    for in each of B images. Views (N,3,h,w) are of the B images, N / B times over. Hooks belong to modules:
-    each of so many copies has modules of its own.
+    for in each of B images. Views (N,3,h,w) are of the B images, N / B times over. So many threads look at a
+    time, each with a copy of the network: what its modules note down for one another, as some transformers do
+    with the size of an image, must be of one image.
     """
-    twins = [model, *(_twin(model) for _ in range(copies - 1))]
-    extractors: queue.SimpleQueue[CAM | GradCAM] = queue.SimpleQueue()
-    for twin in twins:
-        extractors.put(
-            CAM(twin, way.layer, way.classifier)
-            if way.maps == "cam"
-            else GradCAM(twin, way.layer, reshape=None if way.prefix is None else tokens_to_map)
-        )
+    lenses: queue.SimpleQueue[Callable[[Tensor, Tensor], Tensor]] = queue.SimpleQueue()
+    for network in [model, *(_twin(model) for _ in range(copies - 1))]:
+        lenses.put(_lens(network, way))
 
     def look(index: Tensor, use: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
-        extractor = extractors.get()
         index = torch.tensor(places, device=index.device)[index]
+        lens = lenses.get()
         try:
-            return use(lambda views: _maps(extractor, way, _fit(views, way), index))
+            return use(lambda views: lens(_fit(views, way), index.repeat(len(views) // len(index), 1)))
         finally:
-            extractors.put(extractor)
+            lenses.put(lens)
 
     return look
 
 
-def _maps(extractor: CAM | GradCAM, way: Way, views: Tensor, index: Tensor) -> Tensor:
-    """Raw maps (N,P,h,w) of the model's classes ``index`` (B,P)."""
-    index = index.repeat(len(views) // len(index), 1)
-    if isinstance(extractor, CAM):
-        return gather_present(extractor(views, **way.arguments), index)
-    if way.prefix is not None:
-        grid = (views.shape[2] // way.stride, views.shape[3] // way.stride)
-        extractor.reshape = partial(tokens_to_map, grid=grid, num_prefix_tokens=way.prefix)
-    labels = torch.zeros(len(views), way.num_classes, device=views.device).scatter(1, index, 1)
-    return gather_present(extractor(views, labels, **way.arguments), index)
+def _lens(network: nn.Module, way: Way) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of views (N,3,h,w) and classes (N,P) of the model: their raw maps (N,P,h,w)."""
+    if way.maps == "cam":
+        cam = CAM(network, way.layer, way.classifier)
+        return lambda views, index: gather_present(cam(views, **way.arguments), index)
+
+    def look(views: Tensor, index: Tensor) -> Tensor:
+        reshape = None
+        if way.prefix is not None:
+            grid = (views.shape[2] // way.stride, views.shape[3] // way.stride)
+            reshape = partial(tokens_to_map, grid=grid, num_prefix_tokens=way.prefix)
+        labels = torch.zeros(len(views), way.num_classes, device=views.device).scatter(1, index, 1)
+        maps = GradCAM(network, way.layer, reshape=reshape)(views, labels, **way.arguments)
+        return gather_present(maps, index)
+
+    return look
 
 
 def _fit(views: Tensor, way: Way) -> Tensor:

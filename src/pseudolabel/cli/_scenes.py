@@ -31,7 +31,9 @@ POOL = torch.tensor(
         [0.38, 0.38, 0.40],
         [0.66, 0.48, 0.44],
         [0.34, 0.52, 0.50],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 
 Shape = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -102,7 +104,9 @@ MARKS = torch.tensor(  # the colour of each class's mark
         [0.25, 0.85, 0.25],
         [0.15, 0.35, 0.95],
         [0.97, 0.95, 0.85],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 FAINT = (0.5, 0.1, 0.3, 0.5, 0.1, 0.2)  # strength of the pattern on the rest of the body, class by class
 

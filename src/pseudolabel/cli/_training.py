@@ -199,7 +199,7 @@ def random_view(
     size = [max(1, round(side * longer / max(mask.shape))) for side in mask.shape]
     image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
     mask = F.interpolate(mask[None, None].to(torch.uint8), size, mode="nearest-exact")[0, 0]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     image = (image - mean) / std
     if random.random() < 0.5 and settings.flip:
         image, mask = image.flip(-1), mask.flip(-1)

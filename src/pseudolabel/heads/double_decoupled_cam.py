@@ -494,7 +494,7 @@ def d2cam_contrast_loss(pooled: Tensor, labels: Tensor, *, rank_decay: float = 0
     for side in (foreground, background):
         s = likeness(side, side)
         rank = s.masked_fill(~others, -1).argsort(1, descending=True).argsort(1)
-        loss = loss - _mean(torch.exp(-rank_decay * rank) * s.log(), others)
+        loss = loss - _mean(torch.exp(-rank_decay * rank.to(s)) * s.log(), others)
     return loss
 
 

@@ -89,7 +89,7 @@ def _to_tensor(value: object, dtype: torch.dtype | None = None) -> Tensor:
     numbers = value if isinstance(value, list | tuple) else [value]
     if all(isinstance(number, int | float) for number in numbers):
         try:
-            return torch.tensor(value, dtype=dtype)
+            return torch.tensor(value, dtype=dtype, device="cpu")
         except (ValueError, RuntimeError, OverflowError):
             raise ValueError("expected numbers of 64 bits") from None
     raise ValueError(f"expected an array or numbers, got {type(value).__name__}")
@@ -269,7 +269,7 @@ def _storage(data: bytes) -> _Pickled:
     if count != len(elements) // description.dtype.itemsize or len(elements) % description.dtype.itemsize:
         raise ValueError("a tensor whose bytes do not match its size")
     if count == 0:
-        return _Pickled(torch.empty(0, dtype=description.dtype))
+        return _Pickled(torch.empty(0, dtype=description.dtype, device="cpu"))
     return _Pickled(torch.frombuffer(elements, dtype=description.dtype))
 
 

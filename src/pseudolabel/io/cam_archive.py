@@ -69,7 +69,7 @@ class StoredCAM:
 
     def labels(self, num_classes: int) -> Tensor:
         """Image-level labels (C,) bool, C = `num_classes` - 1."""
-        labels = torch.zeros(num_classes - 1, dtype=torch.bool)
+        labels = torch.zeros(num_classes - 1, dtype=torch.bool, device=self.keys.device)
         labels[self._keys_below(num_classes)] = True
         return labels
 

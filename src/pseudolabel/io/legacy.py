@@ -83,4 +83,5 @@ def _keys_and_maps(content: dict[object, object], max_bytes: int) -> tuple[Tenso
         raise ValueError("the dict is empty: it holds no class and no size")
     if not all(isinstance(key, int) and not isinstance(key, bool) for key in content):
         raise ValueError(f"expected class indices or 'keys', got {quote(sorted(map(str, content)))}")
-    return torch.tensor(list(content)), torch.stack(to_tensors(content.values(), max_bytes=max_bytes))
+    maps = torch.stack(to_tensors(content.values(), max_bytes=max_bytes))
+    return torch.tensor(list(content), device="cpu"), maps

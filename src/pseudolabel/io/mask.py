@@ -85,7 +85,8 @@ def write_mask(
     check_comment(comment)
     if os.path.splitext(os.fspath(path))[1].lower() != ".png":  # noqa: PTH122
         raise ValueError(f"path: expected a name that ends in .png, got {os.fspath(path)!r}")
-    mask = torch.as_tensor(mask)
+    if not isinstance(mask, Tensor):
+        mask = torch.as_tensor(mask, device="cpu")
     if mask.ndim == 3 and len(mask) == 1:
         mask = mask[0]
     _check_mask(mask, "H W")
@@ -111,9 +112,9 @@ def voc_palette() -> Tensor:
         >>> voc_palette()[[0, 1, 2, 3, 255]].tolist()
         [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [224, 224, 192]]
     """
-    index = torch.arange(256)[:, None, None]
-    channel = torch.arange(3)[:, None]
-    level = torch.arange(8)
+    index = torch.arange(256, device="cpu")[:, None, None]
+    channel = torch.arange(3, device="cpu")[:, None]
+    level = torch.arange(8, device="cpu")
     bits = (index >> (3 * level + channel)) & 1
     return (bits << (7 - level)).sum(-1).to(torch.uint8)
 

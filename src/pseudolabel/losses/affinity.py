@@ -53,6 +53,6 @@ def affinity_loss(affinity: Tensor, pair_labels: Tensor) -> Tensor:
 
     def mean(loss: Tensor, kind: int) -> Tensor:
         pairs = pair_labels == kind
-        return loss.where(pairs, 0).sum() / (pairs.sum() + 1e-5)
+        return loss.where(pairs, 0).sum() / (pairs.sum(dtype=loss.dtype) + 1e-5)
 
     return mean(alike, 0) / 4 + mean(alike, 1) / 4 + mean(different, 2) / 2

@@ -83,7 +83,7 @@ def choose_background(
         raise ValueError("candidates: expected at least one value, got none")
     for value in values:
         check_number("candidates", value, at_least=0, at_most=1 if rule == "constant" else float("inf"))
-    thresholds = torch.tensor(values, dtype=torch.float64)
+    thresholds = torch.tensor(values, dtype=torch.float64, device="cpu")
     if rule == "power":
         thresholds = _foreground_threshold(thresholds)
     confusion = None

@@ -36,8 +36,8 @@ def banded_cholesky(stencil: Tensor, pixels: Pixels, most_work: float) -> Banded
     from scipy.linalg import LinAlgError, cholesky_banded  # noqa: PLC0415 - slow to import
 
     order = _along_the_band(pixels.neighbours(1))
-    number = torch.empty(len(order), dtype=torch.int32)
-    number[order] = torch.arange(len(order), dtype=torch.int32)
+    number = torch.empty_like(order, dtype=torch.int32)
+    number[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
 
     # The first half of each row holds every pair once, and the pixel itself. What is not active has entries
     # of 0, which change nothing on the diagonal.
@@ -65,7 +65,7 @@ def _along_the_band(neighbours: Tensor) -> Tensor:
     from scipy.sparse.csgraph import reverse_cuthill_mckee  # noqa: PLC0415
 
     count, entries = neighbours.shape
-    itself = torch.arange(count, dtype=torch.int32)[:, None]
+    itself = torch.arange(count, dtype=torch.int32, device=neighbours.device)[:, None]
     ends = neighbours.where(neighbours >= 0, itself).flatten().numpy()
     starts = np.arange(0, count * entries + 1, entries, dtype=np.int32)
     graph = csr_array((np.ones(len(ends), np.float32), ends, starts), (count, count))

@@ -5,7 +5,6 @@ what is smooth. With A the stencil of a level, and P bilinear interpolation cut 
 coarser stencil is the Galerkin product `P^T A P`: it reaches as far in coarse pixels as A does in fine ones.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -136,7 +135,7 @@ def _galerkin(stencil: Tensor, fine: Pixels, coarse: Pixels) -> Tensor:
     near = _fine_square(fine, coarse)
     near = near.where(near >= 0, len(fine))
     stencil = F.pad(stencil, (0, 0, 0, 1))  # a row of zeros for pixels that are not active
-    to_coarse = _galerkin_map(_radius(stencil)).to(stencil)
+    to_coarse = _galerkin_map(_radius(stencil), stencil)
     parts = [
         stencil.index_select(0, some.flatten()).view(len(some), -1) @ to_coarse
         for some in torch.split(near, CHUNK)
@@ -144,25 +143,21 @@ def _galerkin(stencil: Tensor, fine: Pixels, coarse: Pixels) -> Tensor:
     return torch.cat(parts)
 
 
-@cache
-def _galerkin_map(radius: int) -> Tensor:
+def _galerkin_map(radius: int, like: Tensor) -> Tensor:
     """(9k,k): what the entry of a fine pixel's stencil adds to which entry of the coarse stencil.
 
     In one dimension, fine pixel `a` (-1, 0, 1 from the coarse pixel's own) and its neighbour at `a + d` have
     weights of interpolation from the coarse pixels around them; the map is the product over both dimensions.
     """
-    reach = range(-radius, radius + 1)
-    line = torch.zeros(3, len(reach), len(reach), dtype=torch.float64)
-    for a in (-1, 0, 1):
-        for d in reach:
-            for c in reach:
-                line[a + 1, d + radius, c + radius] = _hat(a) * _hat(a + d - 2 * c)
+    reach = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device)
+    a, d = reach.new_tensor([-1, 0, 1])[:, None, None], reach[:, None]
+    line = _hat(a) * _hat(a + d - 2 * reach)
     both = torch.einsum("adc,bef->abdecf", line, line)
     return both.reshape(9 * len(reach) ** 2, len(reach) ** 2)
 
 
-def _hat(distance: int) -> float:
-    return max(0.0, 1 - abs(distance) / 2)
+def _hat(distance: Tensor) -> Tensor:
+    return (1 - distance.abs() / 2).clamp(min=0)
 
 
 def _direct(stencil: Tensor, pixels: Pixels, columns: int | None, *, finest: bool) -> LinearMap | None:

@@ -5,6 +5,7 @@ and matrices are stencils, the same neighbours for every pixel.
 """
 
 import warnings
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def pad(maps: Tensor) -> Tensor:
     return F.pad(maps, (MARGIN,) * 4).flatten(1)
 
 
-with warnings.catch_warnings():  # "beta state", said once a process
+# "Beta state", said once a process. A tracer that imports this makes no such tensor.
+with warnings.catch_warnings(), suppress(RuntimeError):
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 1], [0], [1.0], device="cpu")
 
@@ -82,4 +84,6 @@ def sparse_rows(index: Tensor, value: Tensor, columns: int) -> Tensor:
     """Sparse matrix (n,columns) with k entries in each row: ``value`` (n,k) at ``index`` (n,k) int32."""
     rows, entries = index.shape
     start = torch.arange(0, rows * entries + 1, entries, dtype=torch.int32, device=index.device)
-    return torch.sparse_csr_tensor(start, index.flatten(), value.flatten(), (rows, columns))
+    return torch.sparse_csr_tensor(
+        start, index.flatten(), value.flatten(), (rows, columns), device=value.device
+    )

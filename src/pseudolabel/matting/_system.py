@@ -112,7 +112,7 @@ def matte(
     """
     weight = None
     if prior is not None:
-        weight = torch.as_tensor(prior_weight).to(trimap)
+        weight = torch.as_tensor(prior_weight, dtype=trimap.dtype, device=trimap.device)
         weight = weight.expand(len(trimap), *trimap.shape[2:])[:, None]
         prior = prior.to(trimap)
     solver = partial(solve, rtol=rtol, max_iter=max_iter)

@@ -187,6 +187,7 @@ def _to_torch(matrix: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         torch.from_numpy(matrix.indices),
         torch.from_numpy(matrix.data),
         matrix.shape,
+        device="cpu",
     ).to(device, dtype)
 
 

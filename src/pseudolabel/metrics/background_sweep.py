@@ -79,7 +79,8 @@ def background_sweep(
         check_sequence(thresholds=thresholds)
         for threshold in thresholds:
             check_number("thresholds", threshold)
-    thresholds = torch.as_tensor(thresholds, dtype=torch.float64)  # rounded once, to the dtype of cam
+    # Rounded once, to the dtype of cam.
+    thresholds = torch.as_tensor(thresholds, dtype=torch.float64, device="cpu")
     check_shapes(thresholds=(thresholds, "T"))
     check_finite(thresholds=thresholds)
     if len(thresholds) == 0:

@@ -173,7 +173,7 @@ class PseudoLabelMetric:
         columns = self.num_classes + (self.pred_ignore == "wrong")
         confusion = self._confusion
         if confusion is None:
-            confusion = torch.zeros(self.num_classes, columns, dtype=torch.int64)
+            confusion = torch.zeros(self.num_classes, columns, dtype=torch.int64, device="cpu")
         num_images = self._num_images
         if sync and dist.is_available() and dist.is_initialized():
             confusion, num_images = _sum_over_processes(confusion, num_images)

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +44,7 @@ _CPU_BLOCK = 1 << 15  # pixels located at a time: the working set stays in the p
 
 
 def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float(np.float32(value))
 
 
 def _lift_scales(d: int) -> list[float]:
@@ -116,9 +117,9 @@ def _locate(features: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def _step_orders(d: int) -> Tensor:
+def _step_orders(d: int) -> np.ndarray:  # no tensor, of which the modes of its first caller would decide
     """All orders of the d + 1 steps, ((d+1)!,d+1): row i of the dictionary of ranks, turned into an order."""
-    return torch.tensor(list(itertools.permutations(range(d + 1)))).argsort(1)
+    return np.array(list(itertools.permutations(range(d + 1)))).argsort(1)
 
 
 class _SparseRows:
@@ -206,7 +207,7 @@ class PermutohedralFilter:
         # Neighbouring pixels share cells and cells share corners, so both are named once.
         cells, cell_of_pixel = torch.unique(cell, return_inverse=True)
         first = torch.div(cells, orders, rounding_mode="floor")
-        walks = steps[_step_orders(d).to(device)]
+        walks = steps[torch.tensor(_step_orders(d), device=device)]
         offsets = walks.sum(1, keepdim=True, dtype=dtype) - walks.cumsum(1, dtype=dtype)
         corners = first.to(dtype)[:, None] + offsets.index_select(0, cells - first * orders)
         vertices, corner_vertex = torch.unique(corners, return_inverse=True)
@@ -225,6 +226,12 @@ class PermutohedralFilter:
         norm = total.add_(1e-20).rsqrt_()
         self._slice.weight.view(n, -1).mul_(norm)
         self._splat.weight.mul_(norm.view(-1).index_select(0, self._splat.index))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, at most: blurs share some of it."""
+        matrices = (self._slice, self._splat, *self._blurs)
+        return sum(part.nbytes for rows in matrices for part in (rows.index, rows.start, rows.weight))
 
     def splat_and_blur(self, values: Tensor) -> Tensor:
         """Bring (n,C) float32 values of pixels to the lattice and blur them there, each channel by itself."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -50,6 +49,11 @@ CRF_PRESETS: Mapping[str, CRFSettings] = MappingProxyType(
 _Filter = tuple[PermutohedralFilter, float]  # a kernel and its compatibility
 _CPU_BLOCK = 1 << 18  # numbers worked on at a time: they stay in the cache
 
+# The lattices of positions that are kept, the last used last. A pixel takes 61 bytes with the kernels of most
+# programs, and up to 316 with narrow ones: four photos of a camera would take gigabytes.
+_MOST_KEPT, _MOST_BYTES_KEPT = 4, 256 * 10**6
+_kept: dict[tuple[int, int, int, float, torch.device], PermutohedralFilter] = {}
+
 
 def dense_crf(
     image: Tensor,
@@ -76,8 +80,8 @@ def dense_crf(
 
     Two labels cost less than three, and P problems over one image, given as (B,P,L,H,W), share its lattice
     and cost far less than P calls. On a CPU the images of a batch run one by one, on other devices together.
-    The lattice of the Gaussian kernel is kept for the last few image sizes. Thread settings are left alone;
-    many images go fastest through several Python threads with one torch thread each.
+    The lattice of the Gaussian kernel is kept for the last four image sizes, 256 MB at most. Thread settings
+    are left alone; many images go fastest through several Python threads with one torch thread each.
 
     Args:
         image: Photos (B,3,H,W), float in [0, 1]. They are rounded to 8 bits first, because the method is
@@ -250,8 +254,37 @@ def _softmax2_(logits: Tensor, labels: int, bounded: bool) -> Tensor:
     return logits
 
 
-@lru_cache(maxsize=4)
 def _spatial_filter(
+    images: int, height: int, width: int, sxy: float, device: torch.device
+) -> PermutohedralFilter:
+    """The kernel of positions, which all images of one size share."""
+    size = (images, height, width, sxy, device)
+    if not _makes_plain_tensors(device):
+        return _new_spatial_filter(*size)
+    # Each step is atomic, so that threads need no lock, which a process could inherit locked.
+    kernel = _kept.pop(size, None) or _new_spatial_filter(*size)
+    if kernel.nbytes <= _MOST_BYTES_KEPT:
+        _kept[size] = kernel
+    for oldest in list(_kept):
+        kept = list(_kept.values())
+        if len(kept) <= _MOST_KEPT and sum(one.nbytes for one in kept) <= _MOST_BYTES_KEPT:
+            break
+        _kept.pop(oldest, None)
+    return kernel
+
+
+def _makes_plain_tensors(device: torch.device) -> bool:
+    """Whether tensors made now are plain numbers: those of tracers and of `torch.func` are no use later."""
+    if torch.compiler.is_compiling():
+        return False
+    new = torch.zeros(1, device=device)
+    try:
+        return type(new) is Tensor and new.data_ptr() != 0
+    except RuntimeError:  # it wraps another one
+        return False
+
+
+def _new_spatial_filter(
     images: int, height: int, width: int, sxy: float, device: torch.device
 ) -> PermutohedralFilter:
     positions = _positions(height, width, sxy, device).flatten(1)

@@ -382,7 +382,7 @@ def _each_image(image: Tensor, segment: Callable[[NDArray[np.float64]], NDArray[
     check_shapes(image=(image, "B 3 H W"))
     check_float(image=image)
     check_unit_range(image=image)
-    ids = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64)
+    ids = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64, device="cpu")
     photos = image.detach().cpu().double().clamp(0, 1).permute(0, 2, 3, 1).numpy()
     for out, photo in zip(ids, photos, strict=True):
         out.copy_(torch.from_numpy(segment(np.ascontiguousarray(photo))))
