@@ -359,7 +359,7 @@ def tiff_with_copies(path, kinds):
     """Pages of the kinds that tag 254 tells: 1 a smaller copy, 4 a mask of transparency."""
     with TiffImagePlugin.AppendingTiffWriter(path, new=True) as file:
         for number, kind in enumerate(kinds):
-            Image.new("RGB", (4, 3), COLOURS[number]).save(file, "TIFF", tiffinfo={254: kind})
+            Image.new("RGB", (4, 3), COLOURS[number % 3]).save(file, "TIFF", tiffinfo={254: kind})
             file.newFrame()
 
 
@@ -420,7 +420,7 @@ def test_photo_with_its_preview(tmp_path):
     assert image_size(tmp_path / "a.jpg", page=1) == (6, 8)
 
 
-@pytest.mark.parametrize("kinds", [(0, 1), (0, 1, 1), (0, 4, 5)])
+@pytest.mark.parametrize("kinds", [(0, 1), (0, 1, 1), (0, 4, 5), (0, *[1] * 32)])
 def test_smaller_copies_are_no_pages(tmp_path, kinds):
     tiff_with_copies(tmp_path / "a.tif", kinds)
     assert read_image(tmp_path / "a.tif")[:, 0, 0].tolist() == [1, 0, 0]
@@ -428,12 +428,27 @@ def test_smaller_copies_are_no_pages(tmp_path, kinds):
     assert image_size(tmp_path / "a.tif") == (3, 4)
 
 
-@pytest.mark.parametrize("kinds", [(0, 1, 0), (0, 2), (1, 0), (1,)])
+@pytest.mark.parametrize("kinds", [(0, 1, 0), (0, 2), (1, 0), (1,), (0, *[1] * 33)])
 def test_copies_first_or_pages_among_them(tmp_path, kinds):
     tiff_with_copies(tmp_path / "a.tif", kinds)
     for read in (read_image, image_size):
         with pytest.raises(ValueError, match=r"a\.tif: .*more than one picture"):
             read(tmp_path / "a.tif")
+
+
+def test_page_that_pil_cannot_read_is_a_page(tmp_path):
+    data = pages("TIFF")
+    photometric = struct.pack("<HHIHH", 262, 3, 1, 2, 0)
+    place = data.rindex(photometric)
+    (tmp_path / "a.tif").write_bytes(
+        data[:place] + photometric.replace(b"\2\0", b"\x63\0") + data[place + 12 :]
+    )
+    with pytest.raises(ValueError, match=r"a\.tif: .*more than one picture"):
+        read_image(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif", page=0)[:, 0, 0].tolist() == [1, 0, 0]
+    assert read_image(tmp_path / "a.tif", page=1)[:, 0, 0].tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"a\.tif: .*unknown pixel mode"):
+        read_image(tmp_path / "a.tif", page=2)
 
 
 PLANES = np.arange(60, dtype=np.uint8).reshape(5, 3, 4)
@@ -444,16 +459,16 @@ def as_planes(pixels):
 
 
 @pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize(("channels", "photometric"), [(2, 1), (5, 1), (2, 3)])
+@pytest.mark.parametrize("channels", [2, 5])
 @pytest.mark.parametrize("read", [read_image, image_size])
 @pytest.mark.parametrize("planar", [1, 2])
-def test_channels_that_are_no_colours_are_refused(tmp_path, read, channels, photometric, planar, compress):
+def test_channels_that_are_no_colours_are_refused(tmp_path, read, channels, planar, compress):
     """PIL gives the first channel of some of these files, and refuses others."""
     pixels = PLANES[:channels]
     strips = as_planes(pixels) if planar == 2 else [np.moveaxis(pixels, 0, -1).tobytes()]
-    settings = {"bits": [8] * channels, "extra": [0] * (channels - 1), "photometric": photometric}
+    settings = {"bits": [8] * channels, "extra": [0] * (channels - 1), "photometric": 1}
     (tmp_path / "a.tif").write_bytes(tiff(strips, planar=planar, compress=compress, **settings))
-    with pytest.raises(ValueError, match=r"a\.tif: .*(channels only the first|many channels|palette|colour)"):
+    with pytest.raises(ValueError, match=r"a\.tif: .*(its \d channels only the first|TIFF of many channels)"):
         read(tmp_path / "a.tif")
 
 

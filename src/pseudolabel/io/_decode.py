@@ -30,7 +30,7 @@ os.environ.setdefault("LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER", str(_MAX_PASSES + 
 # plain PPM, which moves up to a megabyte at each comment.
 _MAX_RLE_PIXELS = 10_000_000
 _MAX_COMMENTS = 1000
-# Of a large TIFF there may be smaller and smaller copies in the file, fewer than these.
+# Of a large TIFF there may be smaller and smaller copies in the file, at most so many.
 _MAX_COPIES = 32
 _KIND_OF_PAGE = 254  # a tag of TIFF
 
@@ -191,7 +191,7 @@ def _tiff_has_pages(picture: TiffImagePlugin.TiffImageFile) -> bool:
     if _is_copy(picture):
         return True  # what it was made of lies elsewhere in the file
     try:
-        for page in range(1, _MAX_COPIES):
+        for page in range(1, _MAX_COPIES + 2):
             picture.seek(page)
             if not _is_copy(picture):
                 return True
