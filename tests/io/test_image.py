@@ -241,8 +241,11 @@ def test_pgm_of_4095_says_its_range_itself(tmp_path):
 
 
 def test_transparent_value_of_16_bit_gray_is_white(tmp_path):
-    values = np.array([[0, 500, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "a.png", transparency=500)
+    data = png_16_bit(np.array([[[0], [500], [65535]]]))
+    key = b"tRNS" + (500).to_bytes(2, "big")
+    chunk = b"\0\0\0\2" + key + struct.pack(">I", zlib.crc32(key))
+    place = data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:place] + chunk + data[place:])
     assert read_image(tmp_path / "a.png")[1, 0].tolist() == [0, 1, 1]
 
 
@@ -408,16 +411,16 @@ def test_pages_of_several_sizes_and_turns(tmp_path):
 
 
 def test_photo_with_its_preview(tmp_path):
-    """MPO, as phones write it: a JPEG, and a smaller one behind it."""
-    photo, preview = Image.fromarray(PHOTO), Image.fromarray(PHOTO).resize((8, 6))
+    """MPO, as phones write it: a JPEG, and another one behind it."""
+    photo, preview = Image.fromarray(PHOTO), Image.new("RGB", (40, 30), "red")
     (tmp_path / "a.jpg").write_bytes(encode(photo, "MPO", save_all=True, append_images=[preview]))
     with Image.open(tmp_path / "a.jpg") as picture:
         assert picture.format == "MPO"
         reference = expected(picture.convert("RGB"))
     assert torch.equal(read_image(tmp_path / "a.jpg"), reference)
     assert image_size(tmp_path / "a.jpg") == (30, 40)
-    assert read_image(tmp_path / "a.jpg", page=1).shape == (3, 6, 8)
-    assert image_size(tmp_path / "a.jpg", page=1) == (6, 8)
+    assert read_image(tmp_path / "a.jpg", page=1)[:, 0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.02)
+    assert image_size(tmp_path / "a.jpg", page=1) == (30, 40)
 
 
 @pytest.mark.parametrize("kinds", [(0, 1), (0, 1, 1), (0, 4, 5), (0, *[1] * 32)])
@@ -690,11 +693,11 @@ def test_what_looks_like_a_scan_is_none(tmp_path, small_limit):
 
 
 def test_scans_of_a_preview_count_for_the_preview(tmp_path, small_limit):
-    preview = Image.fromarray(PHOTO).resize((64, 64))
-    data = encode(Image.fromarray(PHOTO), "MPO", save_all=True, append_images=[preview])
+    photo = Image.fromarray(PHOTO)
+    data = encode(photo, "MPO", save_all=True, append_images=[photo])
     (tmp_path / "a.jpg").write_bytes(data[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 100 + data[-2:])
     assert read_image(tmp_path / "a.jpg").shape == (3, 30, 40)
-    with pytest.raises(ValueError, match=r"a\.jpg: .*64 x 64 pixels 101 times"):
+    with pytest.raises(ValueError, match=r"a\.jpg: .*30 x 40 pixels 101 times"):
         read_image(tmp_path / "a.jpg", page=1)
 
 
@@ -709,7 +712,7 @@ def test_scans_of_a_jpeg_in_a_tiff(tmp_path, capfd):
         if count == 2:
             assert read_image(tmp_path / "a.tif").shape == (3, 64, 64)
         else:
-            with pytest.raises(ValueError, match=r"a\.tif: .*decoder error"):
+            with pytest.raises(ValueError, match=r"a\.tif: cannot read this picture"):
                 read_image(tmp_path / "a.tif")
     capfd.readouterr()  # libtiff writes to the terminal
 
