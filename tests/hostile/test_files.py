@@ -82,6 +82,38 @@ def png(width: int, height: int, *chunks: bytes, depth: int = 8, color: int = 0)
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + chunk(b"IEND", b"")
 
 
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG of 4000 x 4000 pixels with so many empty scans more."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    size = data.index(b"\xff\xc2") + 5
+    scan = bytes.fromhex("ffda0008010100013f0000")
+    return data[:size] + struct.pack(">HH", 4000, 4000) + data[size + 4 : -2] + scan * count + data[-2:]
+
+
+def bmp_of_runs(width: int, height: int) -> bytes:
+    """A run-length coded BMP of one pixel a row, and the rest of it."""
+    palette, runs = bytes(range(256)) * 4, b"\x01\xff\0\0" * height
+    start = 54 + len(palette)
+    sizes = struct.pack("<IHHI", start + len(runs), 0, 0, start)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    return b"BM" + sizes + header + palette + runs
+
+
+def animation(kind: str) -> bytes:
+    file = io.BytesIO()
+    first, *others = [Image.new("L", (4, 3), level) for level in (0, 100, 200)]
+    first.save(file, kind, save_all=True, append_images=others)
+    return file.getvalue()
+
+
+def twelve_bits() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
 def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)
@@ -428,6 +460,13 @@ KINDS: dict[str, Kind] = {
     "TIFF whose directory points to itself": refused(PICTURES, b"II*\0\x08\0\0\0\0\0\x08\0\0\0"),
     "PPM of 10^12 pixels": refused(PICTURES, b"P6 1000000 1000000 255\n"),
     "PPM whose size is a million digits": refused(PICTURES, b"P6 " + b"9" * 10**6),
+    "JPEG of 2000 scans": refused(("image",), jpeg_of_scans(2000), "over 4000 x 4000 pixels 2010 times"),
+    "BMP of 16 million pixels in 16 kB": refused(("image",), bmp_of_runs(4000, 4000), "run-length"),
+    "animated GIF": refused(PICTURES[:2], animation("GIF"), "more than one picture"),
+    "animated PNG": refused(PICTURES, animation("PNG"), "more than one picture"),
+    "animated WebP": refused(PICTURES[:2], animation("WEBP"), "more than one picture"),
+    "TIFF of three pages": refused(PICTURES[:2], animation("TIFF"), "more than one picture"),
+    "16-bit PNG of 12 bits": refused(("image",), twelve_bits(), "depth=12"),
     "GIF of 65535 x 65535 pixels": refused(PICTURES, b"GIF89a" + b"\xff" * 4 + b"\0\0\0;"),
     # archives of maps
     **{f"archive without {name}": refused(("archive",), archive(**{name: None})) for name in MAPS},

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import struct
 import zlib
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from pseudolabel.io import colorize_mask, read_mask, voc_palette, write_mask
 
@@ -107,6 +108,38 @@ def test_gray_of_few_bits_is_not_stretched(tmp_path, depth):
     row = list(range(min(2**depth, 16)))
     (tmp_path / "a.png").write_bytes(png(depth, 0, row))
     assert read_mask(tmp_path / "a.png").tolist() == [row]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_depth_of_a_png_with_a_chunk_before_its_header(tmp_path, depth):
+    """PIL reads it, though it should not be."""
+    row = list(range(min(2**depth, 16)))
+    data, text = png(depth, 0, row), b"\0\0\0\x03tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b"))
+    (tmp_path / "a.png").write_bytes(data[:8] + text + data[8:])
+    assert read_mask(tmp_path / "a.png").tolist() == [row]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="an open file cannot be deleted")
+def test_mask_is_opened_once(tmp_path, monkeypatch):
+    """By the name it may be another file a moment later."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png(2, 0, [0, 1, 2, 3]))
+    load = PngImagePlugin.PngImageFile.load
+
+    def replace_and_load(picture):
+        path.unlink()
+        path.write_bytes(png(8, 0, [0, 1, 2, 3]))
+        return load(picture)
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", replace_and_load)
+    assert read_mask(path).tolist() == [[0, 1, 2, 3]]
+
+
+def test_animated_mask_is_refused(tmp_path):
+    frames = [Image.new("L", (3, 2), index) for index in (1, 2)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=r"a\.png: .*more than one picture"):
+        read_mask(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -201,6 +201,65 @@ def test_image_is_rounded_to_8_bits(generator):
     assert not torch.equal(dense_crf(levels / 255, probs), dense_crf((levels * 0.9) / 255, probs))
 
 
+def test_narrow_image_is_named(generator, device):
+    """12-bit data divided by 65535: the warning says which image, and what it spans."""
+    image, probs = random_case(generator, images=3)
+    image[1:] *= 4095 / 65535
+    image, probs = image.to(device), probs.to(device)
+    low, high = float(image[1].min()), float(image[1].max())
+    expected = rf"^image: image 1 of the batch spans only {low:g} to {high:g} of .*, as do 1 more, .* by 4095"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        dense_crf(image, probs, iterations=1)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"image 0 of the batch spans only \S+ to \S+ of \[0, 1\], so"):
+        DenseCRF(iterations=1)(image[2:], probs[2:])
+
+
+@pytest.mark.parametrize(("span", "narrow"), [(0.0, False), (31 / 256, True), (32 / 256, False)])
+def test_what_is_narrow(span, narrow):
+    image = torch.full((1, 3, 4, 5), 0.5)
+    image[0, 1, 2, 3] += span
+    arguments = (image, torch.full((1, 2, 4, 5), 0.5))
+    if narrow:
+        with pytest.warns(UserWarning, match="image 0 of the batch spans only 0.5 to 0.621094"):
+            dense_crf(*arguments)
+    else:
+        dense_crf(*arguments)
+    dense_crf(*arguments, bilateral=None)  # its colours are not looked at
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [("pseudolabel._checks._VALUES", False), ("torch.compiler.is_compiling", lambda: True)],
+)
+def test_unchecked_images_are_not_looked_at(monkeypatch, switch, value):
+    monkeypatch.setattr(switch, value)
+    image = torch.full((1, 3, 4, 5), 0.5)
+    image[0, 0, 0, 0] = 0.51
+    dense_crf(image, torch.full((1, 2, 4, 5), 0.5))
+
+
+def test_values_of_the_image_are_read_once(monkeypatch):
+    """One pass over the pixels serves the range and the warning."""
+    seen = []
+    aminmax = torch.aminmax
+    monkeypatch.setattr(
+        torch, "aminmax", lambda value, **named: seen.append(value) or aminmax(value, **named)
+    )
+    image, probs = torch.rand(2, 3, 4, 5), torch.full((2, 2, 4, 5), 0.5)
+    dense_crf(image, probs, iterations=0)
+    assert sum(value.numel() for value in seen if value.shape[-3:] == (3, 4, 5)) == image.numel()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_bad_image_among_good_ones(index):
+    image = torch.rand(2, 3, 4, 5)
+    image[index, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="image: expected values in"):
+        dense_crf(image, torch.full((2, 2, 4, 5), 0.5))
+
+
 def test_leaves_arguments_gradients_and_threads_alone(generator):
     image, probs = random_case(generator)
     copies, threads = (image.clone(), probs.clone()), torch.get_num_threads()

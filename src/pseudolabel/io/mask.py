@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pseudolabel._checks import check_integer, check_shapes
 from pseudolabel.io._atomic import write_atomically
-from pseudolabel.io._decode import MAX_PIXELS, open_image
+from pseudolabel.io._decode import MAX_PIXELS, decode, open_image, packing
 from pseudolabel.io._files import check_comment, check_path
 
 __all__ = ["colorize_mask", "read_mask", "voc_palette", "write_mask"]
@@ -31,7 +31,7 @@ def read_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> 
 
     Raises:
         ValueError: If the file is no PNG, empty, truncated or too large, or if its pixels are not 8-bit
-            indices: colours, transparency, 16 bits, an EXIF rotation. It names path and cause.
+            indices: colours, transparency, 16 bits, an animation, an EXIF rotation. It names path and cause.
         OSError: If there is no such file, or it may not be read.
 
     Examples:
@@ -47,13 +47,13 @@ def read_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> 
             raise ValueError(
                 f"a mask must be a PNG of class indices, this is {picture.format}, which may not keep them"
             )
-        picture.load()
+        # PIL spreads grayscale of fewer bits over 0..255; the upper bits are the index.
+        unused_bits = {("1",): 7, ("L;2",): 6, ("L;4",): 4}.get(packing(picture), 0)
+        decode(picture)
         if picture.mode not in {"1", "L", "P"}:
             raise ValueError(_no_indices(picture.mode))
         if picture.getexif().get(0x0112, 1) != 1:
             raise ValueError("it carries an EXIF rotation, so that it is unclear which way its pixels lie")
-        # PIL spreads grayscale of fewer bits over 0..255; the upper bits are the index.
-        unused_bits = 0 if picture.mode == "P" else 8 - _bit_depth(path)
         indices = np.asarray(picture if picture.mode == "P" else picture.convert("L"))
         return torch.from_numpy((indices >> unused_bits).astype(np.int64))
 
@@ -165,12 +165,6 @@ def _full_palette(palette: Tensor | None) -> Tensor:
             raise ValueError(f"palette: expected at most 256 colours, got {rows}")
         full[:rows] = palette.cpu()
     return full
-
-
-def _bit_depth(path: str | os.PathLike[str]) -> int:
-    """Bits a sample, from the header of a PNG."""
-    with open(path, "rb") as file:  # noqa: PTH123
-        return file.read(25)[24]
 
 
 def _no_indices(mode: str) -> str:

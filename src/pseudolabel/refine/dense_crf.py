@@ -1,6 +1,7 @@
 """Fully connected CRF: maps that follow the edges of the image."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
@@ -17,6 +18,7 @@ from pseudolabel._checks import (
     check_number,
     check_shapes,
     check_unit_range,
+    values_unchecked,
 )
 from pseudolabel.refine._permutohedral import PermutohedralFilter
 
@@ -48,6 +50,7 @@ CRF_PRESETS: Mapping[str, CRFSettings] = MappingProxyType(
 
 _Filter = tuple[PermutohedralFilter, float]  # a kernel and its compatibility
 _CPU_BLOCK = 1 << 18  # numbers worked on at a time: they stay in the cache
+_NARROW = 32 / 256  # an image that spans less has few levels left after rounding to 8 bits
 
 # The lattices of positions that are kept, the last used last. A pixel takes 61 bytes with the kernels of most
 # programs, and up to 316 with narrow ones: four photos of a camera would take gigabytes.
@@ -85,7 +88,8 @@ def dense_crf(
 
     Args:
         image: Photos (B,3,H,W), float in [0, 1]. They are rounded to 8 bits first, because the method is
-            defined on such images.
+            defined on such images. One that spans less than 32 of the 256 levels, as 12-bit data divided by
+            65535 do, is taken with a `UserWarning`, unless it is constant or `bilateral` is None.
         probs: Maps (B,L,H,W), or (B,P,L,H,W) for P independent problems over the same image, in [0, 1].
             They need not sum to 1 over the labels and are not renormalised.
         gaussian: (sxy in pixels, compat) of the smoothness kernel, or None to leave it out.
@@ -122,7 +126,8 @@ def dense_crf(
     check_shapes(image=(image, "B 3 H W"), probs=(probs, "B L H W" if probs.dim() == 4 else "B P L H W"))
     if image.device != probs.device:
         raise ValueError(f"probs: expected the device of image, {image.device}, got {probs.device}")
-    check_unit_range(image=image, probs=probs)
+    _check_image(image, compared=bilateral is not None)
+    check_unit_range(probs=probs)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         if probs.numel() == 0 or probs.shape[-3] == 1:
             return torch.ones_like(probs)
@@ -138,6 +143,25 @@ def dense_crf(
             part = slice(start, start + together)
             result[part] = run(pixels[part], problems[part], gaussian, bilateral, iterations)
         return result.view(probs.shape)
+
+
+def _check_image(image: Tensor, *, compared: bool) -> None:
+    """Check the range of the images, and warn of one that uses little of it if its colours are compared."""
+    if values_unchecked(image):
+        return
+    extremes = torch.stack([torch.stack(torch.aminmax(one)) for one in image.detach()]).cpu()
+    check_unit_range(image=extremes)
+    spans = extremes[:, 1] - extremes[:, 0]
+    narrow = ((spans > 0) & (spans < _NARROW)).nonzero().flatten().tolist()
+    if compared and narrow:
+        low, high = extremes[narrow[0]].tolist()
+        others = f", as do {len(narrow) - 1} more" if narrow[1:] else ""
+        warnings.warn(
+            f"image: image {narrow[0]} of the batch spans only {low:g} to {high:g} of [0, 1]{others}, so that"
+            " few of the 256 levels tell colours apart. Divide it by the range in use: 12-bit data by 4095, "
+            "not by 65535",
+            stacklevel=3,
+        )
 
 
 def _check_settings(
