@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "exact_dtype",
     "gather_present",
     "label_places",
     "place_labels",
@@ -20,6 +21,11 @@ __all__ = [
 def working_dtype(value: Tensor) -> torch.dtype:
     """Float dtype to accumulate in: float32 for half precision, else the tensor's own."""
     return torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Float dtype for long sums, of which float32 loses the last terms: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from pseudolabel._checks import (
     check_shapes,
     check_unit_range,
 )
-from pseudolabel._maps import gather_present, present_classes, scatter_present
+from pseudolabel._maps import exact_dtype, gather_present, present_classes, scatter_present
 from pseudolabel.matting._classes import check_inputs, join_mattes, known_pixels
 
 __all__ = ["guided_filter", "guided_filter_matting"]
@@ -121,7 +121,7 @@ def guided_filter(image: Tensor, maps: Tensor, *, radius: int = 60, eps: float =
     check_settings(radius, eps)
     check_unit_range(image=image)
     check_finite(maps=maps)
-    exact = torch.float32 if image.device.type == "mps" else torch.float64
+    exact = exact_dtype(image.device)
     return local_fits(image.to(exact), radius, eps)(maps.to(exact)).to(maps.dtype)
 
 

@@ -353,7 +353,9 @@ def _parts(high: Tensor) -> Tensor:
     A part has the highest number of its places. Neighbours tell each other the highest number they know, and
     each place asks the place of that number what it knows by now.
     """
-    number = torch.arange(1, 1 + high[0].numel(), dtype=torch.float32, device=high.device)  # exact below 2^24
+    places = high[0].numel()
+    dtype = torch.float32 if places <= 2**24 else torch.float64  # whole numbers are pooled as floats
+    number = torch.arange(1, 1 + places, dtype=dtype, device=high.device)
     known = number.view_as(high[0]) * high
     while True:
         before = known
