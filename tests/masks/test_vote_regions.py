@@ -367,6 +367,14 @@ def test_proposals_in_parts(seed: int) -> None:
     assert all(map(torch.equal, parts, whole))
 
 
+def test_empty_batch() -> None:
+    """With labels, of which no image has any; the background is a channel all the same."""
+    _, scores, ids, regions = random_case(0)
+    for labels in (None, torch.ones(0, 3)):
+        assert vote_superpixels(scores[:0], ids[:0], labels).shape == (0, 5, 6)
+        assert vote_regions(scores[:0], regions[:0], labels).shape == (0, 5, 6)
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 

@@ -18,7 +18,7 @@ def check_inputs(image: Tensor, trimap: Tensor) -> None:
 
 def known_pixels(trimap: Tensor) -> tuple[Tensor, Tensor]:
     """Which pixels (B,1,H,W) are known, and the mattes (B,C,H,W) there; 0 elsewhere."""
-    if trimap.shape[1] == 0:
+    if trimap.numel() == 0:  # no image, or no class
         return torch.ones_like(trimap.sum(1, keepdim=True), dtype=torch.bool), trimap
     known, seeds = zip(*map(_seeds, trimap), strict=True)
     return torch.stack(known)[:, None], torch.stack(seeds)
