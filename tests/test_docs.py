@@ -464,6 +464,22 @@ def test_empty_batch(function: str) -> None:
         call(value.clone().requires_grad_()).sum().backward()
 
 
+@pytest.mark.parametrize("function", [function for function in ROWS if ROWS[function][1] == "yes"])
+def test_gradient_at_bounds(function: str, flat_clamp: Callable) -> None:
+    """Maps of many zeros and ones have one gradient, whatever that of `Tensor.clamp` is at its bounds."""
+    call, value = cases()[function]
+    value = (value * 2).round() / 2
+
+    def gradient() -> Tensor:
+        x = value.clone().requires_grad_()
+        return torch.autograd.grad(call(x).sum(), x, materialize_grads=True)[0]
+
+    as_installed = gradient()
+    assert as_installed.isfinite().all()
+    with flat_clamp():
+        torch.testing.assert_close(gradient(), as_installed)
+
+
 # ------------------------------------------------------------------------------------ commands, links, files
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "clamp_keeping_slope",
     "exact_dtype",
     "gather_present",
     "label_places",
@@ -26,6 +27,18 @@ def working_dtype(value: Tensor) -> torch.dtype:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """Float dtype for long sums, of which float32 loses the last terms: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def clamp_keeping_slope(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """Clamp with a gradient of 1 from bound to bound, both included, and of 0 outside.
+
+    Maps hold many zeros and ones, which are as good values as those between. `Tensor.clamp` has a gradient of
+    1 at its bounds in some releases of PyTorch and of 0 in others: it is for what has no gradient, and for
+    guards.
+    """
+    if low is not None:
+        x = torch.where(x < low, low, x)
+    return x if high is None else torch.where(x > high, high, x)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -103,6 +103,17 @@ def test_clamp_and_ignore_have_one_gradient() -> None:
     assert clamp[:, :, 1].abs().sum() > 0
 
 
+def test_one_gradient_at_the_level(flat_clamp: Callable) -> None:
+    """A pixel with a loss of exactly k still learns."""
+    logits, mask = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64)
+    settings = {"beta": math.inf, "k": F.cross_entropy(logits, mask).item()}
+    with flat_clamp():
+        clamp, ignore = (
+            loss_and_gradient(logits, mask, mode=mode, **settings)[1] for mode in ("clamp", "ignore")
+        )
+    assert clamp.flatten().tolist() == ignore.flatten().tolist() == [-0.5, 0.5]
+
+
 @given(seed=st.integers(0, 1000), k=st.floats(0.05, 2))
 def test_order_of_the_modes(seed: int, k: float) -> None:
     logits, mask = case(seed)

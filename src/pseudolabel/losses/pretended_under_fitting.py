@@ -14,7 +14,7 @@ from pseudolabel._checks import (
     check_number,
     check_shapes,
 )
-from pseudolabel._maps import resize, working_dtype
+from pseudolabel._maps import clamp_keeping_slope, resize, working_dtype
 from pseudolabel.losses._reduction import Over, Reduction, mean, reduce
 
 __all__ = ["PretendedUnderFittingLoss", "UnderFittingMode", "pretended_under_fitting_loss"]
@@ -117,7 +117,7 @@ def pretended_under_fitting_loss(
 def _let_go(loss: Tensor, mode: UnderFittingMode, k: float) -> Tensor:
     """What becomes of the cross-entropy of each pixel once the gate is open."""
     if mode == "clamp":
-        return loss.clamp(max=k)
+        return clamp_keeping_slope(loss, high=k)  # also where it is k, as with `ignore`
     if mode == "ignore":
         return loss * (loss <= k)
     return (loss + 1e-9) ** k

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pseudolabel._checks import check_float, check_shapes, check_unit_range
-from pseudolabel.matting._system import _seeds
+from pseudolabel.matting._system import _clip, _seeds
 
 __all__ = ["check_inputs", "join_mattes", "known_pixels"]
 
@@ -26,6 +26,4 @@ def known_pixels(trimap: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_mattes(alpha: Tensor, known: Tensor, seeds: Tensor) -> Tensor:
     """Mattes in [0, 1] that sum to at most 1, and are the seeds on known pixels."""
-    rest = (1 - alpha.sum(1, keepdim=True)).clamp(min=0)
-    alpha = alpha.clamp(min=0)
-    return seeds.where(known, alpha / (alpha.sum(1, keepdim=True) + rest))
+    return seeds.where(known, _clip(alpha))

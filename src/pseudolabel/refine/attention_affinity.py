@@ -84,10 +84,10 @@ def attention_affinity(
     for layer in stack[1:]:
         affinity = affinity + _patch_attention(layer, num_prefix_tokens)
     affinity = affinity / len(stack)
-    tiny = torch.finfo(affinity.dtype).tiny
     for _ in range(iterations):
-        affinity = affinity / affinity.sum(1, keepdim=True).clamp(min=tiny)
-        affinity = affinity / affinity.sum(2, keepdim=True).clamp(min=tiny)
+        for axis in (1, 2):
+            total = affinity.sum(axis, keepdim=True)
+            affinity = affinity / total.where(total > 0, 1)
     if symmetric:
         affinity = (affinity + affinity.transpose(1, 2)) / 2
     return affinity if power == 1 else torch.linalg.matrix_power(affinity, power)

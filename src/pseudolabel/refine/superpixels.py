@@ -20,7 +20,14 @@ from pseudolabel._checks import (
     check_unit_range,
     values_unchecked,
 )
-from pseudolabel._maps import exact_dtype, gather_present, present_classes, scatter_present, working_dtype
+from pseudolabel._maps import (
+    clamp_keeping_slope,
+    exact_dtype,
+    gather_present,
+    present_classes,
+    scatter_present,
+    working_dtype,
+)
 
 __all__ = [
     "felzenszwalb_superpixels",
@@ -102,7 +109,7 @@ def superpixel_refine(
 
     f = gather_present(scores, index).to(exact).flatten(2).masked_fill(~valid[:, :, None], 0)
     f = F.pad(f, (0, 0, 0, 1))  # an absent class, so that there is one in any batch
-    positive, negative = f.clamp(min=0), f.clamp(max=0)
+    positive, negative = clamp_keeping_slope(f, low=0), clamp_keeping_slope(f, high=0)
     share = positive / positive.amax(1, keepdim=True).clamp(min=eps)
     vote, won, positive, negative, area = (
         _region_sum(values, touched, num_regions)
