@@ -1,7 +1,8 @@
 """Fixtures of the whole suite: golden files, devices, seeded random numbers."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,24 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def flat_clamp() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which `Tensor.clamp` has no gradient at its bounds: releases of PyTorch differ in that."""
+    clamp = torch.Tensor.clamp
+
+    def flat(x: torch.Tensor, min: float | None = None, max: float | None = None) -> torch.Tensor:  # noqa: A002
+        inside = torch.ones_like(x, dtype=torch.bool)
+        for beyond in (() if min is None else (x <= min,)) + (() if max is None else (x >= max,)):
+            inside = inside & ~beyond
+        found = clamp(x, min=min, max=max)
+        return found.where(inside, found.detach())
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "clamp", flat)
+            yield
+
+    return patched

@@ -109,8 +109,8 @@ def test_reference_is_complete(room: str) -> None:
 # ------------------------------------------------------------------------------------------ precision
 
 
-def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """For each row of the table of docs/precision.md a call and its input."""
+def cases(batch: int = 2) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """For each row of the table of docs/precision.md a call and its input, of two images or fewer."""
     generator = torch.Generator().manual_seed(0)
     image, cam = torch.rand(2, 2, 3, 8, 12, generator=generator)
     scores, labels = torch.rand(2, 4, 8, 12, generator=generator), torch.tensor([[1, 0, 1], [0, 1, 0]])
@@ -119,6 +119,10 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     tokens = torch.rand(2, 7, 4, generator=generator)
     attention = torch.rand(2, 2, 7, 7, generator=generator).softmax(-1)
+    directions, present, embedding = cam[0, :, 0, :3], labels[0], tokens[0]
+    image, cam, scores, labels, truth, tokens, attention = (
+        value[:batch] for value in (image, cam, scores, labels, truth, tokens, attention)
+    )
     attend = nn.Module()
     attend.forward = lambda x: nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3)
 
@@ -128,7 +132,7 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         return found[0]
 
     cam_room, refine, masks, losses, metrics = pl.cam, pl.refine, pl.masks, pl.losses, pl.metrics
-    heads, directions = pl.heads, cam[0, :, 0, :3]
+    heads = pl.heads
     pooled = nn.functional.normalize(scores[:, :, 0, :3], dim=2)
     trimap = (cam * 3).floor() / 2
     matting_network = lambda x: SimpleNamespace(alphas=x[:, 3:])  # noqa: E731
@@ -143,8 +147,8 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "cam.class_attention_map": (lambda x: cam_room.class_attention_map(x, (2, 3)), attention),
         "cam.tokens_to_map": (lambda x: cam_room.tokens_to_map(x, (2, 3)), tokens),
         "cam.interpolate_position_embedding": (
-            lambda x: cam_room.interpolate_position_embedding(x[0], (2, 3), (4, 5)),
-            tokens,
+            lambda x: cam_room.interpolate_position_embedding(x, (2, 3), (4, 5)),
+            embedding,
         ),
         "cam.patch_token_cam": (
             lambda x: cam_room.patch_token_cam(x, torch.ones(5, 4, dtype=x.dtype), grid=(2, 3)),
@@ -188,7 +192,7 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         "refine.attention_affinity": (refine.attention_affinity, attention),
         "refine.feature_affinity": (refine.feature_affinity, cam),
         "refine.propagate_affinity": (
-            lambda x: refine.propagate_affinity(x, torch.ones(2, 96, 96, dtype=x.dtype) / 96),
+            lambda x: refine.propagate_affinity(x, torch.ones(len(x), 96, 96, dtype=x.dtype) / 96),
             cam,
         ),
         "refine.box_mask": (refine.box_mask, cam),
@@ -290,7 +294,7 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             image,
         ),
         "heads.prototype_separation": (
-            lambda x: heads.prototype_separation(x, x.flip(0), labels[0]),
+            lambda x: heads.prototype_separation(x, x.flip(0), present),
             directions,
         ),
         "heads.compensate": (
@@ -430,6 +434,51 @@ def test_precision_table(function: str) -> None:
         compiles = "no"
     recent = "yes" if torch.__version__ >= (2, 10) else "no"
     assert compiles == {"from 2.10": recent}.get(one_graph, one_graph)
+
+
+# What cannot do without an image says so: no maps tell the classes, or no pixels can be chosen.
+ONE_IMAGE_AT_LEAST = {
+    "cam.multi_crop_cam": "image: ",
+    "masks.slide_logits": "image: ",
+    "heads.topk_pixels": "k: ",
+    "heads.prototypes_from_topk": "k: ",
+    "heads.compensate": "k: ",
+}
+
+
+@pytest.mark.parametrize("function", ROWS)
+def test_empty_batch(function: str) -> None:
+    """No image: a result of the dtype and the shape that one and two images lead to."""
+    if function in ONE_IMAGE_AT_LEAST:
+        call, value = cases(0)[function]
+        with pytest.raises(ValueError, match=ONE_IMAGE_AT_LEAST[function]):
+            call(value)
+        return
+    none, one, two = (call(value) for call, value in (cases(batch)[function] for batch in range(3)))
+    assert none.dtype == two.dtype
+    assert none.shape == tuple(
+        2 * of_one - of_two for of_one, of_two in zip(one.shape, two.shape, strict=True)
+    )
+    assert none.isfinite().all()
+    if ROWS[function][1] == "yes" and not function.endswith("_matting"):  # no system, so no graph
+        call, value = cases(0)[function]
+        call(value.clone().requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("function", [function for function in ROWS if ROWS[function][1] == "yes"])
+def test_gradient_at_bounds(function: str, flat_clamp: Callable) -> None:
+    """Maps of many zeros and ones have one gradient, whatever that of `Tensor.clamp` is at its bounds."""
+    call, value = cases()[function]
+    value = (value * 2).round() / 2
+
+    def gradient() -> Tensor:
+        x = value.clone().requires_grad_()
+        return torch.autograd.grad(call(x).sum(), x, materialize_grads=True)[0]
+
+    as_installed = gradient()
+    assert as_installed.isfinite().all()
+    with flat_clamp():
+        torch.testing.assert_close(gradient(), as_installed)
 
 
 # ------------------------------------------------------------------------------------ commands, links, files

@@ -1,8 +1,12 @@
 """Present classes gathered and scattered, and resizing."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from pseudolabel._maps import (
+    clamp_keeping_slope,
     gather_present,
     label_places,
     place_labels,
@@ -79,3 +83,28 @@ def test_places_become_labels() -> None:
     assert place_labels(index)[0].tolist() == [0, 2, 3]
     mask = torch.tensor([[[0, 1, 2]], [[1, 1, 0]]])
     assert label_places(mask, index).tolist() == [[[0, 2, 3]], [[1, 1, 0]]]
+
+
+BOUNDS = [(0, 1), (0, None), (None, 1), (None, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("low", "high"), BOUNDS)
+def test_clamp_has_the_values_of_torch(low: int | None, high: int | None, dtype: torch.dtype) -> None:
+    x = torch.tensor([-torch.inf, -1, 0, 0.3, 1, 1.5, torch.inf, torch.nan], dtype=dtype)
+    expected = x if low is high is None else x.clamp(low, high)
+    torch.testing.assert_close(clamp_keeping_slope(x, low, high), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("low", "high"), BOUNDS)
+def test_clamp_has_a_slope_at_its_bounds(low: int | None, high: int | None, flat_clamp: Callable) -> None:
+    x = torch.tensor([-1.0, 0, 0.3, 1, 1.5], requires_grad=True)
+    inside = [low is None, True, True, True, high is None]
+    with flat_clamp():
+        (gradient,) = torch.autograd.grad(clamp_keeping_slope(x, low, high).sum(), x)
+    assert gradient.tolist() == inside
+
+
+def test_clamp_compiles_to_one_graph() -> None:
+    compiled = torch.compile(clamp_keeping_slope, fullgraph=True, backend="eager")
+    assert compiled(torch.tensor([-1.0, 0.5, 2]), 0, 1).tolist() == [0, 0.5, 1]

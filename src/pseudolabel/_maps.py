@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "clamp_keeping_slope",
+    "exact_dtype",
     "gather_present",
     "label_places",
     "place_labels",
@@ -20,6 +22,23 @@ __all__ = [
 def working_dtype(value: Tensor) -> torch.dtype:
     """Float dtype to accumulate in: float32 for half precision, else the tensor's own."""
     return torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Float dtype for long sums, of which float32 loses the last terms: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def clamp_keeping_slope(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """Clamp with a gradient of 1 from bound to bound, both included, and of 0 outside.
+
+    Maps hold many zeros and ones, which are as good values as those between. `Tensor.clamp` has a gradient of
+    1 at its bounds in some releases of PyTorch and of 0 in others: it is for what has no gradient, and for
+    guards.
+    """
+    if low is not None:
+        x = torch.where(x < low, low, x)
+    return x if high is None else torch.where(x > high, high, x)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

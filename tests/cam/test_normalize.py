@@ -1,5 +1,7 @@
 """`normalize_cam`."""
 
+from collections.abc import Callable
+
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
@@ -33,6 +35,21 @@ def test_eps_enters_as_published() -> None:
     torch.testing.assert_close(
         normalize_cam(cam, "minmax-zero", eps).flatten(), torch.tensor([0, 0.5, 1.5]) / 2.5
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient"),
+    [
+        ("max", [1 / 3, 1 / 3, 1 / 3 - 2 / 9]),  # of the sum of x / (M + 1)
+        ("minmax", [1 / 3 - 7 / 18, 1 / 3 - 7 / 18, 1 / 3 - 2 / 9]),  # two pixels share the minimum
+    ],
+)
+def test_slope_at_zero(method: str, gradient: list[float], flat_clamp: Callable) -> None:
+    """Zeros are many in maps after a ReLU, and learn as other values do."""
+    cam = torch.tensor([[[[0.0, 0.0, 2.0]]]], requires_grad=True)
+    with flat_clamp():
+        normalize_cam(cam, method, eps=1).sum().backward()
+    assert cam.grad.flatten().tolist() == pytest.approx(gradient)
 
 
 def test_none_is_raw() -> None:

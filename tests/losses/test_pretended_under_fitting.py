@@ -1,5 +1,6 @@
 """`pretended_under_fitting_loss`: section 4 of the PMM specification."""
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from pseudolabel.losses import PretendedUnderFittingLoss, pretended_under_fitting_loss
+from pseudolabel.losses.pretended_under_fitting import gate_mean, gate_terms
+
+# The package holds the function and the Module, not the file of this name.
+module = importlib.import_module("pseudolabel.losses.pretended_under_fitting")
+
+# The tests of the warning start from a process that has not been told; to the others it is noise.
+pytestmark = pytest.mark.filterwarnings("ignore:pretended under-fitting:UserWarning")
 
 MODES = ["clamp", "ignore", "pow"]
 OFFICIAL = {"gate_over": "all", "mean_over": "all"}
@@ -97,10 +105,23 @@ def test_closed_gate_is_cross_entropy() -> None:
 
 def test_clamp_and_ignore_have_one_gradient() -> None:
     logits, mask = case()
-    clamp, ignore = (loss_and_gradient(logits, mask, mode=mode, beta=9)[1] for mode in ("clamp", "ignore"))
+    clamp, ignore = (
+        loss_and_gradient(logits, mask, mode=mode, beta=9, k=0.5)[1] for mode in ("clamp", "ignore")
+    )
     assert torch.equal(clamp, ignore)
     assert clamp[:, :, 0].eq(0).all(), "the badly fitted row is let go"
     assert clamp[:, :, 1].abs().sum() > 0
+
+
+def test_one_gradient_at_the_level(flat_clamp: Callable) -> None:
+    """A pixel with a loss of exactly k still learns."""
+    logits, mask = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64)
+    settings = {"beta": math.inf, "k": F.cross_entropy(logits, mask).item()}
+    with flat_clamp():
+        clamp, ignore = (
+            loss_and_gradient(logits, mask, mode=mode, **settings)[1] for mode in ("clamp", "ignore")
+        )
+    assert clamp.flatten().tolist() == ignore.flatten().tolist() == [-0.5, 0.5]
 
 
 @given(seed=st.integers(0, 1000), k=st.floats(0.05, 2))
@@ -151,14 +172,85 @@ def test_gate_over_all_or_valid_pixels() -> None:
     assert pretended_under_fitting_loss(logits, mask, beta=between, gate_over="valid") == plain
 
 
+def test_gate_over_classes() -> None:
+    """Ten pixels of background fit, and two of class 1 do not: the mean over pixels hides them."""
+    mask = torch.tensor([0] * 10 + [1, 1, 255, 255]).view(1, 2, 7)
+    logits = torch.stack([torch.full(mask.shape, 3.0), torch.zeros(mask.shape)], 1)
+    fits, fails = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
+    gates = {"all": (10 * fits + 2 * fails) / 14, "valid": (10 * fits + 2 * fails) / 12}
+    gates["classes"] = (fits + fails) / 2
+    assert gates["valid"] < 0.6 < 1.5 < gates["classes"]
+    for gate_over, gate in gates.items():
+        run = lambda beta: pretended_under_fitting_loss(logits, mask, beta=beta, k=0.1, gate_over=gate_over)  # noqa: B023, E731
+        plain = pretended_under_fitting_loss(logits, mask, beta=0)
+        assert run(gate - 1e-4) == plain
+        assert run(gate + 1e-4) < plain
+
+
+def test_gate_over_classes_counts_weights_and_no_absent_class() -> None:
+    logits, mask = case()
+    mask[mask == 2] = 0
+    weight = torch.tensor([0.5, 2, 1, 3], dtype=torch.float64)
+    loss = F.cross_entropy(logits, mask, weight, ignore_index=255, reduction="none")
+    gate = float(sum(loss[mask == c].mean() for c in (0, 1, 3)) / 3)
+    settings = {"class_weight": weight, "k": 0.1, "gate_over": "classes"}
+    plain = pretended_under_fitting_loss(logits, mask, beta=0, class_weight=weight)
+    assert pretended_under_fitting_loss(logits, mask, beta=gate - 1e-9, **settings) == plain
+    assert pretended_under_fitting_loss(logits, mask, beta=gate + 1e-9, **settings) < plain
+
+
+@pytest.mark.parametrize("gate_over", ["all", "valid", "classes"])
+def test_gate_of_parts_is_that_of_the_batch(gate_over: str) -> None:
+    """What processes add up."""
+    logits, mask = case()
+    mask[0][mask[0] == 3] = 255
+    loss = F.cross_entropy(logits, mask, ignore_index=255, reduction="none")
+    terms = lambda part: gate_terms(loss[part], mask[part], mask[part] != 255, gate_over, 4)  # noqa: E731
+    whole = gate_mean(terms(slice(None)))
+    torch.testing.assert_close(gate_mean(terms(slice(1)) + terms(slice(1, 2))), whole)
+    for shift, expected in ((1e-9, True), (-1e-9, False)):
+        loss = pretended_under_fitting_loss(
+            logits, mask, beta=float(whole) + shift, k=0.1, gate_over=gate_over
+        )
+        assert (loss < pretended_under_fitting_loss(logits, mask, beta=0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "k"),
+    [
+        ({}, 0.5),
+        ({"beta": 0.8}, 0.8),
+        ({"beta": 0.8, "mode": "ignore"}, 0.8),
+        ({"beta": 0.8, "mode": "pow"}, 0.5),
+        ({"beta": math.inf, "mode": "pow"}, 0.5),
+        ({"beta": 0.8, "k": 0.3}, 0.3),
+    ],
+)
+def test_default_of_k(settings: dict, k: float) -> None:
+    """The official pairs are equal; an exponent has nothing to do with the gate."""
+    logits, mask = case()
+    assert PretendedUnderFittingLoss(**settings).k == k
+    gate = {"gate_value": 0.0, "reduction": "none"}
+    assert torch.equal(
+        pretended_under_fitting_loss(logits, mask, **settings, **gate),
+        pretended_under_fitting_loss(logits, mask, **{**settings, "k": k}, **gate),
+    )
+
+
+def test_a_larger_beta_alone_does_not_stop_everything() -> None:
+    """Two classes at the first step have a loss of log 2: below beta, and with it below the level."""
+    logits, mask = torch.zeros(1, 2, 4, 4), torch.randint(0, 2, (1, 4, 4))
+    assert loss_and_gradient(logits, mask, beta=0.8)[1].abs().sum() > 0
+
+
 def test_gate_from_outside() -> None:
     logits, mask = case()
     shut, open_ = (
-        pretended_under_fitting_loss(logits, mask, beta=0, gate_value=gate) for gate in (1.0, -1.0)
+        pretended_under_fitting_loss(logits, mask, beta=0, k=0.5, gate_value=gate) for gate in (1.0, -1.0)
     )
     assert shut == pretended_under_fitting_loss(logits, mask, beta=0)
-    assert open_ == pretended_under_fitting_loss(logits, mask, beta=math.inf)
-    as_tensor = pretended_under_fitting_loss(logits, mask, beta=0, gate_value=torch.tensor(-1.0))
+    assert open_ == pretended_under_fitting_loss(logits, mask, beta=math.inf, k=0.5)
+    as_tensor = pretended_under_fitting_loss(logits, mask, beta=0, k=0.5, gate_value=torch.tensor(-1.0))
     assert as_tensor == open_
 
 
@@ -229,12 +321,15 @@ def test_half_precision_and_autocast(mode: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(pretended_under_fitting_loss(logits, mask, mode=mode), exact)
 
 
+@pytest.mark.parametrize("gate_over", ["all", "valid", "classes"])
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles_to_one_graph(mode: str) -> None:
+def test_compiles_to_one_graph(mode: str, gate_over: str) -> None:
     logits, mask = case(dtype=torch.float32)
+    torch.compiler.reset()
     compiled = torch.compile(pretended_under_fitting_loss, fullgraph=True, backend="eager")
+    settings = {"mode": mode, "gate_over": gate_over}
     torch.testing.assert_close(
-        compiled(logits, mask, mode=mode), pretended_under_fitting_loss(logits, mask, mode=mode)
+        compiled(logits, mask, **settings), pretended_under_fitting_loss(logits, mask, **settings)
     )
 
 
@@ -262,6 +357,71 @@ def test_devices(device: torch.device) -> None:
     assert pretended_under_fitting_loss(logits, mask).device.type == device.type
 
 
+# ------------------------------------------------------------------------------------ who learns nothing
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_told_of_dead_class", False)
+
+
+def imbalanced() -> tuple[torch.Tensor, torch.Tensor]:
+    """All is taken for background, of which nearly all is."""
+    mask = torch.zeros(1, 4, 5, dtype=torch.int64)
+    mask[0, 0, :2], mask[0, 3] = 1, 255
+    logits = torch.stack([torch.full(mask.shape, 4.0), torch.zeros(mask.shape)], 1)
+    return logits.requires_grad_(), mask
+
+
+@pytest.mark.parametrize("mode", ["clamp", "ignore"])
+def test_a_class_without_a_gradient_is_told_once(mode: str, untold: None) -> None:
+    logits, mask = imbalanced()
+    call = lambda _: pretended_under_fitting_loss(logits, mask, mode=mode)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"mask label 1 has a loss above k=0\.5") as told:
+        losses = [*map(call, range(3))]
+    assert len(told) == 1
+    losses[-1].backward()
+    assert logits.grad[:, :, 0, :2].eq(0).all(), "it is as the warning says"
+
+
+def test_module_tells_as_well(untold: None) -> None:
+    with pytest.warns(UserWarning, match="gate_over='classes'"):
+        PretendedUnderFittingLoss()(*imbalanced())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "pow"},  # its weights are never 0
+        {"beta": 0.05},  # closed
+        {"gate_over": "classes"},  # closed
+        {"gate_value": 9.0},  # closed
+        {"k": 4.1},  # all pixels are below it
+    ],
+)
+def test_nothing_to_tell(settings: dict, untold: None) -> None:
+    logits, mask = imbalanced()
+    pretended_under_fitting_loss(logits, mask, **settings).backward()
+    assert logits.grad[:, :, 0, :2].ne(0).all(), "the class learns"
+
+
+@pytest.mark.filterwarnings("error")
+def test_nobody_looks_where_no_gradient_is_wanted(untold: None) -> None:
+    logits, mask = imbalanced()
+    pretended_under_fitting_loss(logits.detach(), mask)
+    with torch.no_grad():
+        pretended_under_fitting_loss(logits, mask)
+    one_pixel_learns = logits.detach().clone()
+    one_pixel_learns[0, 1, 0, 0] = 9
+    pretended_under_fitting_loss(one_pixel_learns.requires_grad_(), mask)
+    pretended_under_fitting_loss(logits, torch.full_like(mask, 255))
+    torch.compile(pretended_under_fitting_loss, fullgraph=True, backend="eager")(logits, mask)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
 LOGITS, MASK = case(dtype=torch.float32)
 
 
@@ -281,6 +441,7 @@ LOGITS, MASK = case(dtype=torch.float32)
         (lambda f: f(LOGITS, MASK, beta=-1), ValueError, "beta: expected a finite number >= 0"),
         (lambda f: f(LOGITS, MASK, beta=math.nan), ValueError, "beta: expected a finite number"),
         (lambda f: f(LOGITS, MASK, k=0), ValueError, "k: expected a finite number > 0"),
+        (lambda f: f(LOGITS, MASK, beta=math.inf), ValueError, "k: expected a number beside beta=inf"),
         (lambda f: f(LOGITS, MASK, gate_over="some"), ValueError, "gate_over: expected one of"),
         (lambda f: f(LOGITS, MASK, mean_over="some"), ValueError, "mean_over: expected one of"),
         (lambda f: f(LOGITS, MASK, reduction="max"), ValueError, "reduction: expected one of"),

@@ -1,5 +1,8 @@
 """`constant_background` and `power_background`."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -49,9 +52,23 @@ def test_rounding_noise_above_one() -> None:
     assert power_background(torch.tensor([[[[1.0005]]]]), 3)[0, 0].item() == 0
 
 
-def test_differentiable() -> None:
-    cam = CAM.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: power_background(x, 3), (cam,))
+@pytest.mark.parametrize("alpha", [0.5, 1, 3])
+def test_differentiable(alpha: float) -> None:
+    cam = torch.rand(1, 2, 2, 3, dtype=torch.float64) * 0.8 + 0.1
+    assert torch.autograd.gradcheck(lambda x: power_background(x, alpha), (cam.requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "slopes"),  # at 0, 0.75, 1 and a little above
+    [(0.5, [-0.5, -1, 0, 0]), (1, [-1, -1, -1, 0]), (3, [-3, -3 / 16, 0, 0])],
+)
+def test_slope_at_the_bounds(alpha: float, slopes: list[float], flat_clamp: Callable) -> None:
+    """A map of 0 is as good as any; a root at a map of 1 has a gradient of 0, not an infinite one."""
+    for context in (nullcontext, flat_clamp):
+        cam = torch.tensor([[[[0.0, 0.75, 1.0, 1.0005]]]], requires_grad=True)
+        with context():
+            power_background(cam, alpha)[:, 0].sum().backward()
+        assert cam.grad.flatten().tolist() == pytest.approx(slopes)
 
 
 @pytest.mark.parametrize("rule", [constant_background, power_background])

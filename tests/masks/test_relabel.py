@@ -93,6 +93,11 @@ def test_small_images_are_one_window() -> None:
     assert shapes == [(2, 3, 7, 1)]
 
 
+def test_windows_side_by_side_leave_no_gap() -> None:
+    image = torch.rand(1, 3, 21, 22)
+    assert torch.equal(slide_logits(lambda x: x, image, window=(5, 4), stride=(5, 4)), image)
+
+
 def test_logits_of_stride_are_resized() -> None:
     image = torch.rand(2, 3, 20, 24)
     out = slide_logits(lambda x: F.avg_pool2d(x, 4), image, window=(12, 12), stride=(8, 12))
@@ -184,6 +189,11 @@ IMAGE, LOGITS = torch.rand(1, 3, 6, 6), torch.rand(1, 4, 6, 6)
         ),
         (lambda: slide_logits(lambda x: x, IMAGE, (0, 4)), r"window: expected two integers .* got \(0, 4\)"),
         (lambda: slide_logits(lambda x: x, IMAGE, stride=(4, 0)), "stride: expected two integers"),
+        (
+            lambda: slide_logits(lambda x: x, IMAGE, (4, 4), (5, 4)),
+            r"stride: expected at most window \(4, 4\).* got \(5, 4\)",
+        ),
+        (lambda: slide_logits(lambda x: x, IMAGE, (4, 4), (4, 5)), r"stride: .* window \(4, 4\)"),
         (lambda: slide_logits(lambda x: x, IMAGE, batch_size=0), "batch_size: expected an integer >= 1"),
         (lambda: slide_logits(lambda x: x.mean(), IMAGE), r"segmenter\(crops\): expected shape"),
     ],

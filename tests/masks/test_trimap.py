@@ -307,6 +307,14 @@ def test_mask_with_labels() -> None:
     assert trimap[0, :, 0].tolist() == [[0, 1, 0.5], [0, 0, 0], [0, 0, 0.5]]
 
 
+def test_empty_batch() -> None:
+    cam, labels = random_case(0)
+    assert trimap_from_cam(cam[:0], labels[:0], min_area=2).shape == (0, 3, 7, 9)
+    mask = torch.zeros(0, 7, 9, dtype=torch.int64)
+    for known in (None, labels[:0]):
+        assert trimap_from_mask(mask, 4, known, erode=1, min_area=2).shape == (0, 3, 7, 9)
+
+
 def test_mask_of_background_or_nothing() -> None:
     assert not trimap_from_mask(torch.zeros(1, 4, 4, dtype=torch.long), 3).any()
     assert not trimap_from_mask(torch.full((1, 4, 4), 255), 3).any()

@@ -1,5 +1,6 @@
 """Votes of superpixels and of overlapping proposals."""
 
+import importlib
 import re
 
 import pytest
@@ -10,6 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pseudolabel.masks import VoteRegions, vote_regions, vote_superpixels
+from pseudolabel.masks.vote_regions import _Votes
+
+# The package holds the function of this name.
+vote_regions_module = importlib.import_module("pseudolabel.masks.vote_regions")
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 seeds = st.integers(0, 1000)
@@ -323,6 +328,51 @@ def test_large_counts_are_exact() -> None:
     assert vote_regions(mask, region, min_cover=None).eq(1).all()
     ids = torch.zeros_like(mask)
     assert vote_superpixels(mask, ids, min_share=0.5).eq(1).all()
+
+
+MANY = 2**24 + 1  # one pixel more than float32 can count
+
+
+def one_channel() -> _Votes:
+    """Many pixels of one label, that take little memory."""
+    votes = object.__new__(_Votes)
+    votes.soft, votes.num_channels = None, 1
+    votes.channel = torch.zeros(1, 1, dtype=torch.int64).expand(1, MANY)
+    votes.ignored = torch.zeros(1, 1, dtype=torch.bool).expand(1, MANY)
+    return votes
+
+
+def test_counts_beyond_float32() -> None:
+    assert one_channel().over_superpixels(torch.zeros(1, MANY, dtype=torch.int64), 1).item() == MANY
+    overlap, total, area = one_channel().over_proposals(
+        torch.ones(1, 1, 1, dtype=torch.bool).expand(1, 1, MANY)
+    )
+    assert overlap.item() == total.item() == area.item() == MANY
+
+
+def test_sums_of_scores_beyond_float32() -> None:
+    """Three pixels of 1 are lost beside one of 2^24 where sums are float32."""
+    scores = torch.tensor([[2.0**24 + 2, 0, 0, 0], [2.0**24, 1, 1, 1]]).view(1, 2, 1, 4)
+    assert vote_superpixels(scores, torch.zeros(1, 1, 4, dtype=torch.int64)).eq(1).all()
+
+
+@given(seed=seeds)
+def test_proposals_in_parts(seed: int) -> None:
+    """Large images are summed a part after the other."""
+    mask, scores, _, regions = random_case(seed)
+    whole = [vote_regions(votes, regions) for votes in (mask, scores)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vote_regions_module, "_MOST_PIXELS", 7)
+        parts = [vote_regions(votes, regions) for votes in (mask, scores)]
+    assert all(map(torch.equal, parts, whole))
+
+
+def test_empty_batch() -> None:
+    """With labels, of which no image has any; the background is a channel all the same."""
+    _, scores, ids, regions = random_case(0)
+    for labels in (None, torch.ones(0, 3)):
+        assert vote_superpixels(scores[:0], ids[:0], labels).shape == (0, 5, 6)
+        assert vote_regions(scores[:0], regions[:0], labels).shape == (0, 5, 6)
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -702,5 +702,9 @@ def test_errors(call, error, message) -> None:
         call()
 
 
-def test_energy_of_no_class() -> None:
-    assert matting_energy(torch.rand(2, 0, 4, 4), torch.rand(2, 3, 4, 4)).shape == (2, 0)
+@pytest.mark.parametrize(("images", "classes"), [(2, 0), (0, 2), (0, 0)])
+def test_energy_of_nothing(images: int, classes: int) -> None:
+    alpha = torch.rand(images, classes, 4, 4, requires_grad=True)
+    energy = matting_energy(alpha, torch.rand(images, 3, 4, 4))
+    assert energy.shape == (images, classes)
+    energy.sum().backward()

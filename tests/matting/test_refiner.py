@@ -4,6 +4,7 @@ import builtins
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import get_args
 
@@ -22,6 +23,8 @@ from pseudolabel.matting import (
     pymatting_matting,
     vitmatte_matting,
 )
+from pseudolabel.matting._system import _clip
+from pseudolabel.matting.refiner import _shrink
 
 NATIVE = [name for name in get_args(MattingMethod) if name != "pymatting"]
 
@@ -83,6 +86,23 @@ def test_scale(dtype: torch.dtype) -> None:
     assert alpha[unknown].eq(0.25).all()
     assert torch.equal(alpha[~unknown], trimap[~unknown]), "known pixels are those of the whole trimap"
     assert alpha.dtype == dtype
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_shrunken_maps_have_a_slope_at_their_bounds(value: float, flat_clamp: Callable) -> None:
+    """Each of the nine pixels is a mean: its weights sum to 1."""
+    maps = torch.full((1, 1, 6, 6), value, dtype=torch.float64, requires_grad=True)
+    with flat_clamp():
+        _shrink(maps, (3, 3)).sum().backward()
+    assert maps.grad.sum().item() == pytest.approx(9)
+
+
+@pytest.mark.parametrize("matte", [[0.0, 1.0], [0.0, 0.0], [0.25, 0.75]])
+def test_mattes_have_a_slope_at_their_bounds(matte: list[float], flat_clamp: Callable) -> None:
+    """Mattes that are as they should be stay so, and one moves without the other."""
+    with flat_clamp():
+        slope = torch.autograd.functional.jacobian(_clip, torch.tensor([matte]))
+    assert torch.equal(slope.squeeze(), torch.eye(2))
 
 
 def test_scale_is_about_the_same() -> None:

@@ -107,6 +107,12 @@ def test_patch_that_nothing_attends_to() -> None:
     assert found[0, :2, :2].eq(0.5).all()
 
 
+def test_gradient_of_rows_without_attention() -> None:
+    attention = torch.tensor([[[[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]]], requires_grad=True)
+    attention_affinity(attention, num_prefix_tokens=0).sum().backward()
+    assert attention.grad.isfinite().all()
+
+
 def test_module_equals_function() -> None:
     settings = {"layers": [0, -1], "num_prefix_tokens": 2, "iterations": 2, "symmetric": False, "power": 3}
     module = AttentionAffinity(**settings)

@@ -194,6 +194,14 @@ def test_gradients_of_constant_maps_are_finite(value: float) -> None:
     assert cam.grad.isfinite().all()
 
 
+def test_slope_at_one(flat_clamp: Callable) -> None:
+    """The highest pixel of a map is 1 after normalising."""
+    cam = torch.tensor([[[[0.5, 1.0, 1.5]]]], requires_grad=True)
+    with flat_clamp():
+        coefficient_of_variation_smoothing(cam, scale=0).sum().backward()
+    assert cam.grad.flatten().tolist() == [1, 1, 0]
+
+
 def test_module_equals_function(generator: torch.Generator) -> None:
     cam = torch.rand(2, 3, 5, 5, generator=generator)
     module = CoefficientOfVariationSmoothing(0.2, 0.1)

@@ -140,6 +140,13 @@ def test_hand_computed() -> None:
     ]
 
 
+def test_sums_beyond_float32() -> None:
+    """Three cells of 1 are lost beside one of 2^24 where sums are float32."""
+    scores = torch.tensor([2.0**24, 1, 1, 1]).view(1, 1, 1, 4)
+    found = superpixel_refine(scores, torch.zeros(1, 1, 4, dtype=torch.int64), torch.ones(1, 1))
+    assert found.flatten().tolist() == [2**22 + 1] * 4, "2^22 + 3/4, rounded"
+
+
 def test_other_classes_of_a_foreground_region() -> None:
     """The first class is higher in one cell, the second in two: it wins, the first gets its negative mean."""
     assert refine_row([4, 1, -3], [2, 2, 2], ids=[5, 5, 5]) == [[-1.0] * 3, [2.0] * 3]
@@ -320,6 +327,14 @@ def test_region_mean_of_one_cell() -> None:
     features = torch.randn(1, 3, 1, 1)
     found = region_mean(features, torch.tensor([[[0, 0, 1], [1, 1, 1]]]))
     torch.testing.assert_close(found, features.flatten(2).transpose(1, 2).expand(-1, 2, -1))
+
+
+def test_region_mean_of_many_pixels() -> None:
+    """A ramp from 0 to 1; in float32 the weights of a region of a million pixels add up wrongly."""
+    ramp = torch.tensor([[[[0.0, 1.0]]]])
+    assert region_mean(ramp, torch.zeros(1, 1, 2**20, dtype=torch.uint8)).item() == pytest.approx(
+        0.5, rel=1e-6
+    )
 
 
 def test_region_mean_rows() -> None:

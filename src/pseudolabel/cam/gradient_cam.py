@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel._checks import check_count, check_float, check_labels, check_shapes
-from pseudolabel._maps import present_classes, scatter_present, working_dtype
+from pseudolabel._maps import clamp_keeping_slope, present_classes, scatter_present, working_dtype
 from pseudolabel.cam._network import EvalMode, find_module, hook_here
 from pseudolabel.cam.find_layers import find_target_layer, returns_tokens
 
@@ -98,7 +98,7 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor, *, relu: bool = F
         2018. That zero gradients have weight 0 is ours.
     """
     a, g, dtype = _checked(activations, gradients)
-    positive = g.clamp(min=0)
+    positive = clamp_keeping_slope(g, low=0)
     # alpha * max(g, 0), with g^2 cancelled, which may be too small for the dtype.
     weight = (positive / (2 + positive * a.sum((2, 3))[:, None, :, None, None])).sum((3, 4))
     return _finish(torch.einsum("bcd,bdhw->bchw", weight, a), dtype, relu)
@@ -133,7 +133,7 @@ def layer_cam(activations: Tensor, gradients: Tensor, *, relu: bool = False) -> 
         2021.
     """
     a, g, dtype = _checked(activations, gradients)
-    return _finish(torch.einsum("bcdhw,bdhw->bchw", g.clamp(min=0), a), dtype, relu)
+    return _finish(torch.einsum("bcdhw,bdhw->bchw", clamp_keeping_slope(g, low=0), a), dtype, relu)
 
 
 def present_softmax(logits: Tensor, labels: Tensor) -> Tensor:

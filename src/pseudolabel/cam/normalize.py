@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pseudolabel._checks import check_choice, check_finite, check_float, check_number, check_shapes
-from pseudolabel._maps import working_dtype
+from pseudolabel._maps import clamp_keeping_slope, working_dtype
 
 __all__ = ["NormalizationMethod", "normalize_cam"]
 
@@ -54,8 +54,8 @@ def normalize_cam(cam: Tensor, method: NormalizationMethod = "max", eps: float =
     check_finite(cam=cam)
     if method == "none" or cam.numel() == 0:
         return cam
-    x = cam.to(working_dtype(cam)).clamp(min=0)
+    x = clamp_keeping_slope(cam.to(working_dtype(cam)), low=0)
     high = x.amax((-2, -1), keepdim=True)
     low = torch.zeros_like(high) if method == "max" else x.amin((-2, -1), keepdim=True)
     floor = low + eps if method == "minmax-zero" else low
-    return ((x - floor).clamp(min=0) / (high - low + eps)).to(cam.dtype)
+    return (clamp_keeping_slope(x - floor, low=0) / (high - low + eps)).to(cam.dtype)

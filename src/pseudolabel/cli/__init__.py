@@ -362,7 +362,13 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
         help="what puf does to badly fitted pixels (default: clamp)",
     )
     add("--beta", type=float, help="puf: it begins when the mean loss is below (default: 0.5)")
-    add("--k", type=float, help="puf: level, or exponent of pow (default: 0.5)")
+    add("--k", type=float, help="puf: level (default: that of --beta), or exponent of pow (default: 0.5)")
+    add(
+        "--gate-over",
+        choices=("all", "valid", "classes"),
+        help="puf: the mean runs over all pixels, the labelled ones, or the classes with a mean each "
+        "(default: all)",
+    )
     add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
     add("--amp", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)")
     add(

@@ -32,6 +32,7 @@ from pseudolabel.cli._training import (
 from pseudolabel.cli.generate import find_device, read_image_labels
 from pseudolabel.io._atomic import remove_leftovers
 from pseudolabel.losses import PretendedUnderFittingLoss, UnderFittingMode, pretended_under_fitting_loss
+from pseudolabel.losses.pretended_under_fitting import GateOver, gate_mean, gate_terms
 
 __all__ = ["Settings", "run", "segmentation_loss", "train_classifier", "train_segmenter"]
 
@@ -111,7 +112,13 @@ def train_segmenter(
 
 
 def segmentation_loss(
-    logits: Tensor, mask: Tensor, *, mode: UnderFittingMode = "clamp", beta: float = 0.0, k: float = 0.5
+    logits: Tensor,
+    mask: Tensor,
+    *,
+    mode: UnderFittingMode = "clamp",
+    beta: float = 0.0,
+    k: float | None = None,
+    gate_over: GateOver = "all",
 ) -> tuple[Tensor, Tensor]:
     """Pretended under-fitting as a sum over pixels, and their number; with `beta=0` plain cross-entropy.
 
@@ -119,11 +126,10 @@ def segmentation_loss(
     """
     gate: Tensor | None = None
     if beta and num_processes() > 1:
-        plain = pretended_under_fitting_loss(logits.detach(), mask, beta=0, reduction="sum")
-        all_pixels = torch.full_like(plain, mask.numel())
-        gate = sum_over_processes(plain) / sum_over_processes(all_pixels)
+        plain = pretended_under_fitting_loss(logits.detach(), mask, beta=0, reduction="none")
+        gate = gate_mean(sum_over_processes(gate_terms(plain, mask, mask != 255, gate_over, logits.shape[1])))
     total = pretended_under_fitting_loss(
-        logits, mask, mode=mode, beta=beta, k=k, gate_value=gate, reduction="sum"
+        logits, mask, mode=mode, beta=beta, k=k, gate_over=gate_over, gate_value=gate, reduction="sum"
     )
     return total, (mask != 255).sum()
 
@@ -235,14 +241,15 @@ def _find_photos(
 
 def _puf(args: argparse.Namespace) -> dict[str, Any] | None:
     """Settings of pretended under-fitting, None for the plain loss."""
-    given = {"mode": args.puf_mode, "beta": args.beta, "k": args.k}
+    given = {"mode": args.puf_mode, "beta": args.beta, "k": args.k, "gate_over": args.gate_over}
     given = {name: value for name, value in given.items() if value is not None}
     if args.loss == "puf" and args.job == "segmenter":
-        settings: dict[str, Any] = {"mode": "clamp", "beta": 0.5, "k": 0.5} | given
-        PretendedUnderFittingLoss(**settings)  # says what is wrong with them
-        return settings
+        puf = PretendedUnderFittingLoss(**given)  # says what is wrong with them
+        return {name: getattr(puf, name) for name in ("mode", "beta", "k", "gate_over")}
     if args.loss == "puf" or given:
-        raise UserError("--puf-mode, --beta and --k belong to --loss puf, and that to a segmenter")
+        raise UserError(
+            "--puf-mode, --beta, --k and --gate-over belong to --loss puf, and that to a segmenter"
+        )
     return None
 
 

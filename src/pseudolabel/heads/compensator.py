@@ -110,7 +110,7 @@ def compensation_loss(
         reduction: `mean` or `sum` over the images, or `none` for the loss of each image (B,).
 
     Returns:
-        The loss, a scalar or (B,), float32 or better.
+        The loss, a scalar or (B,), float32 or better. A batch without an image gives 0 with a graph.
 
     Raises:
         TypeError: If maps are not floating-point.
@@ -141,7 +141,7 @@ def compensation_loss(
     loss = difference.topk(count, dim=1, sorted=False).values.mean(1)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.mean()
+    return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
 
 
 def _winners(maps: Tensor, labels: Tensor) -> Tensor:

@@ -437,7 +437,7 @@ def d2cam_triplet_loss(
     q = posterior[:, 1:].to(z.dtype)
     scores = torch.einsum("bdhw,kd->bkhw", z, w)
     whole = scores.mean((2, 3))[:, None]
-    covered = torch.einsum("bchw,bkhw->bck", q, scores) / q[0, 0].numel()
+    covered = torch.einsum("bchw,bkhw->bck", q, scores) / (q.shape[2] * q.shape[3])
     like = F.cosine_similarity(whole, covered, dim=2)
     unlike = F.cosine_similarity(whole, whole - covered, dim=2)
     return _mean((margin - like + unlike).relu() + q.mean((2, 3)), labels != 0)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pseudolabel._checks import check_float, check_number, check_probability, check_shapes, check_unit_range
-from pseudolabel._maps import working_dtype
+from pseudolabel._maps import clamp_keeping_slope, working_dtype
 
 __all__ = ["constant_background", "power_background"]
 
@@ -66,7 +66,10 @@ def power_background(cam: Tensor, alpha: float) -> Tensor:
     if cam.shape[1] == 0:  # without classes all is background
         return _background(cam, 1.0)
     highest = cam.to(working_dtype(cam)).amax(1, keepdim=True)
-    background = (1 - highest.clamp(0, 1)) ** alpha  # rounding noise above 1 would leave [0, 1]
+    rest = 1 - clamp_keeping_slope(highest, 0, 1)  # rounding noise above 1 would leave [0, 1]
+    background = rest.pow(alpha)
+    if alpha < 1:  # roots have no finite slope at 0: maps of 1 take a constant there instead
+        background = rest.where(rest > 0, 1).pow(alpha).where(rest > 0, 0)
     return torch.cat([background.to(cam.dtype), cam], dim=1)
 
 

@@ -43,7 +43,8 @@ def slide_logits(
         segmenter: Callable from images (N,3,h,w), normalised as it wants them, to logits (N,1+C,h',w').
         image: Images (B,3,H,W) of one size, as ``segmenter`` wants them.
         window: Size (H,W) of a window.
-        stride: Steps (down, right) between windows.
+        stride: Steps (down, right) between windows, at most ``window``, or pixels between windows would be
+            seen by none.
         batch_size: Windows that go through the network at once.
 
     Returns:
@@ -51,7 +52,8 @@ def slide_logits(
 
     Raises:
         TypeError: If ``image`` is not a floating-point tensor.
-        ValueError: If ``image`` is not (B,3,H,W), the segmenter returns no maps, or a size is below 1.
+        ValueError: If ``image`` is not (B,3,H,W), the segmenter returns no maps, a size is below 1, or
+            ``stride`` above ``window``.
 
     Examples:
         >>> import torch
@@ -66,6 +68,11 @@ def slide_logits(
     check_callable(segmenter=segmenter)
     check_size(window=window, stride=stride)
     check_count(batch_size=batch_size)
+    if stride[0] > window[0] or stride[1] > window[1]:
+        raise ValueError(
+            f"stride: expected at most window {tuple(window)}, or pixels between windows would be seen by "
+            f"none, got {tuple(stride)}"
+        )
     height, width = min(window[0], image.shape[2]), min(window[1], image.shape[3])
     corners = [
         (top, left)

@@ -341,7 +341,7 @@ def _winner(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _drop_small(planes: Tensor, min_area: int) -> Tensor:
     """Drop the components of fewer pixels from bool planes (B,K,H,W)."""
-    if min_area <= 1:
+    if min_area <= 1 or planes.numel() == 0:
         return planes
     from scipy import ndimage  # noqa: PLC0415 - not needed by most, and not free to import
 

@@ -23,11 +23,13 @@ from pseudolabel._checks import (
     check_shapes,
     values_unchecked,
 )
-from pseudolabel._maps import gather_present, present_classes, working_dtype
+from pseudolabel._maps import exact_dtype, gather_present, place_labels, present_classes, working_dtype
 
 __all__ = ["VoteRegions", "vote_regions", "vote_superpixels"]
 
 Rest = Literal["keep", "background", "ignore"]
+
+_MOST_PIXELS = 2**20  # in one sum of float32
 
 
 def vote_superpixels(
@@ -94,11 +96,10 @@ def vote_superpixels(
         if low < 0 or high >= num_regions:
             raise ValueError(f"superpixels: expected ids in 0..{num_regions - 1}, got {low}..{high}")
     ids = superpixels.flatten(1).long()
-    won = votes.over_superpixels(ids, num_regions)
-    most, winner = won.max(2)
-    area = won.new_zeros(len(ids), num_regions).scatter_add_(1, ids, torch.ones_like(ids, dtype=won.dtype))
+    most, winner = votes.over_superpixels(ids, num_regions).max(2)
+    area = ids.new_zeros(len(ids), num_regions).scatter_add_(1, ids, torch.ones_like(ids))
     # In whole pixels where possible: a share of exactly min_share does not exceed it.
-    decided = (most > min_share * area) & (most > 0)
+    decided = (most > min_share * area.to(exact_dtype(area.device))) & (most > 0)
     label = votes.label_of_channel.gather(1, winner)
     label, decided = (value.gather(1, ids).view_as(superpixels) for value in (label, decided))
     return label.where(decided, votes.mask)
@@ -132,7 +133,8 @@ def vote_regions(
     one of the highest `region_scores`; without scores to the smallest, so that a part in front of a whole
     keeps its own class. Ties go to the first. Regions that joined come before those that did not.
 
-    Memory: the regions once more in float32, for the overlaps with all classes by one product of matrices.
+    Memory: the regions once more in float32, of at most a million pixels at a time, for the overlaps with all
+    classes by products of matrices.
 
     Args:
         scores: Seed: a mask (B,H,W), integer, 0 background, c+1 class c, ``ignore_index`` undecided; or
@@ -344,8 +346,9 @@ class _Votes:
             check_shapes(scores=(scores, "B 1+C H W"), labels=(labels, "B C"))
             check_labels(labels)
             check_channels(labels.shape[1], "labels", scores=scores)
-            channels, valid = present_classes(F.pad(labels != 0, (1, 0), value=True))
-            unused = ~valid[:, :, None, None]
+            index, valid = present_classes(labels)
+            channels = place_labels(index)
+            unused = ~F.pad(valid, (1, 0), value=True)[:, :, None, None]
             scores = gather_present(scores, channels).masked_fill(unused, 0)
         if not values_unchecked(scores):
             low, high = (float(bound) for bound in torch.aminmax(scores))
@@ -359,17 +362,18 @@ class _Votes:
         self.soft = scores.to(working_dtype(scores)).flatten(2)
 
     def over_superpixels(self, ids: Tensor, num_regions: int) -> Tensor:
-        """Sums (B,R,K) of the votes of each superpixel."""
+        """Sums (B,R,K) of the votes of each superpixel: int64 of a mask, float64 of scores."""
         batch, channels = len(ids), self.num_channels
         if self.soft is not None:
-            sums = self.soft.new_zeros(batch, channels, num_regions)
-            return sums.scatter_add_(2, ids[:, None].expand_as(self.soft), self.soft).transpose(1, 2)
-        sums = torch.zeros(batch, num_regions * channels, device=ids.device)
-        sums.scatter_add_(1, ids * channels + self.channel, (~self.ignored).to(sums.dtype))
-        return sums.view(batch, num_regions, channels)
+            soft = self.soft.to(exact_dtype(ids.device))  # one pixel after the other is added
+            sums = soft.new_zeros(batch, channels, num_regions)
+            return sums.scatter_add_(2, ids[:, None].expand_as(soft), soft).transpose(1, 2)
+        counts = ids.new_zeros(batch, num_regions * channels)
+        counts.scatter_add_(1, ids * channels + self.channel, (~self.ignored).long())
+        return counts.view(batch, num_regions, channels)
 
     def over_proposals(self, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of the votes in each proposal (B,R,K) of (B,R,N), and of all (B,1,K); areas (B,R).
+        """Sums of the votes in each proposal (B,R,K) of (B,R,N), and of all (B,1,K); areas (B,R); float64.
 
         Ignored pixels count with the background, which is nobody's class.
         """
@@ -378,9 +382,17 @@ class _Votes:
         else:
             channels = torch.arange(self.num_channels, device=regions.device)
             votes = (self.channel[:, :, None] == channels).float()
-        with torch.autocast(regions.device.type, enabled=False):  # whole numbers, which have to stay whole
-            sums = regions.to(votes.dtype) @ F.pad(votes, (0, 1), value=1)
-        return sums[:, :, :-1], votes.sum(1, keepdim=True), sums[:, :, -1]
+        # Whole numbers have to stay whole: float32 holds them up to 2^24, so no sum has more pixels.
+        exact = exact_dtype(regions.device)
+        overlaps, totals = [], []
+        with torch.autocast(regions.device.type, enabled=False):
+            for some, theirs in zip(
+                torch.split(regions, _MOST_PIXELS, 2), torch.split(votes, _MOST_PIXELS, 1), strict=True
+            ):
+                overlaps.append((some.to(votes.dtype) @ F.pad(theirs, (0, 1), value=1)).to(exact))
+                totals.append(theirs.sum(1, keepdim=True).to(exact))
+        sums, total = torch.stack(overlaps).sum(0), torch.stack(totals).sum(0)
+        return sums[:, :, :-1], total, sums[:, :, -1]
 
 
 def _padded(name: str, values: Tensor | Sequence[Tensor], mask: Tensor) -> Tensor:

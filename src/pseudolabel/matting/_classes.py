@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pseudolabel._checks import check_float, check_shapes, check_unit_range
-from pseudolabel.matting._system import _seeds
+from pseudolabel.matting._system import _clip, _seeds
 
 __all__ = ["check_inputs", "join_mattes", "known_pixels"]
 
@@ -18,7 +18,7 @@ def check_inputs(image: Tensor, trimap: Tensor) -> None:
 
 def known_pixels(trimap: Tensor) -> tuple[Tensor, Tensor]:
     """Which pixels (B,1,H,W) are known, and the mattes (B,C,H,W) there; 0 elsewhere."""
-    if trimap.shape[1] == 0:
+    if trimap.numel() == 0:  # no image, or no class
         return torch.ones_like(trimap.sum(1, keepdim=True), dtype=torch.bool), trimap
     known, seeds = zip(*map(_seeds, trimap), strict=True)
     return torch.stack(known)[:, None], torch.stack(seeds)
@@ -26,6 +26,4 @@ def known_pixels(trimap: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_mattes(alpha: Tensor, known: Tensor, seeds: Tensor) -> Tensor:
     """Mattes in [0, 1] that sum to at most 1, and are the seeds on known pixels."""
-    rest = (1 - alpha.sum(1, keepdim=True)).clamp(min=0)
-    alpha = alpha.clamp(min=0)
-    return seeds.where(known, alpha / (alpha.sum(1, keepdim=True) + rest))
+    return seeds.where(known, _clip(alpha))

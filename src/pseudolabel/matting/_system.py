@@ -26,6 +26,7 @@ from pseudolabel._checks import (
     check_unit_range,
     values_unchecked,
 )
+from pseudolabel._maps import clamp_keeping_slope
 from pseudolabel.matting._pixels import Pixels
 from pseudolabel.matting._solver import LinearMap, Solution, differentiable, solve
 
@@ -189,9 +190,9 @@ def _share(x: Tensor, dim: int) -> Tensor:
 
 
 def _clip(x: Tensor) -> Tensor:
-    """Mattes (n,K) brought into [0,1], where they still sum to 1 with the rest."""
-    rest = (1 - x.sum(1, keepdim=True)).clamp(min=0)
-    x = x.clamp(min=0)
+    """Mattes (n,K,...) brought into [0,1], where they still sum to 1 with the rest."""
+    rest = clamp_keeping_slope(1 - x.sum(1, keepdim=True), low=0)
+    x = clamp_keeping_slope(x, low=0)
     return x / (x.sum(1, keepdim=True) + rest)
 
 

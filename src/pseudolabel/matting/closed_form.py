@@ -209,9 +209,9 @@ def matting_energy(alpha: Tensor, image: Tensor, *, eps: float = 1e-5) -> Tensor
     _check_size(image)
     check_number("eps", eps, above=0)
     dtype = torch.promote_types(working_dtype(image), working_dtype(alpha))
+    if alpha.numel() == 0:  # no image or no class, which `unfold` refuses
+        return alpha.to(dtype).sum((2, 3))
     colours = F.unfold(image.to(dtype), 3).view(len(image), 3, 9, -1)
-    if alpha.shape[1] == 0:  # no class, which `unfold` refuses
-        return alpha.new_zeros(*alpha.shape[:2], dtype=dtype)
     x = F.unfold(alpha.to(dtype), 3).view(*alpha.shape[:2], 9, -1)
     x = x - x.mean(2, keepdim=True)
     explained = torch.einsum("bqam,bcam->bcqm", _whiten(colours, eps), x)

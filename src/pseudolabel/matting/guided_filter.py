@@ -14,8 +14,15 @@ from pseudolabel._checks import (
     check_shapes,
     check_unit_range,
 )
-from pseudolabel._maps import gather_present, present_classes, scatter_present
+from pseudolabel._maps import (
+    clamp_keeping_slope,
+    exact_dtype,
+    gather_present,
+    present_classes,
+    scatter_present,
+)
 from pseudolabel.matting._classes import check_inputs, join_mattes, known_pixels
+from pseudolabel.matting._system import _share
 
 __all__ = ["guided_filter", "guided_filter_matting"]
 
@@ -66,8 +73,7 @@ def guided_filter_matting(
     if prior is None:
         expected = (1 / (1 + valid.sum(1)))[:, None, None, None].to(trimap)
     else:
-        expected = gather_present(prior, index).to(trimap).clamp(min=0)
-        expected = expected / expected.sum(1, keepdim=True).clamp(min=1)
+        expected = _share(clamp_keeping_slope(gather_present(prior, index).to(trimap), low=0), 1)
     seeds = gather_present(seeds, index)
     alpha = guided_filter(image, seeds.where(known, expected), radius=radius, eps=eps)
     alpha = alpha.masked_fill(~valid[:, :, None, None], 0)
@@ -121,7 +127,7 @@ def guided_filter(image: Tensor, maps: Tensor, *, radius: int = 60, eps: float =
     check_settings(radius, eps)
     check_unit_range(image=image)
     check_finite(maps=maps)
-    exact = torch.float32 if image.device.type == "mps" else torch.float64
+    exact = exact_dtype(image.device)
     return local_fits(image.to(exact), radius, eps)(maps.to(exact)).to(maps.dtype)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pseudolabel._checks import check_count, check_float, check_shapes, check_unit_range
-from pseudolabel._maps import resize
+from pseudolabel._maps import exact_dtype, resize
 from pseudolabel.matting._pixels import Pixels
 from pseudolabel.matting._system import Laplacian, MattingReport, check_request, matte
 from pseudolabel.matting.guided_filter import check_settings, local_fits
@@ -122,7 +122,7 @@ def large_kernel_matting(
     check_settings(radius, eps)
     check_count(at_least=0, coarse_levels=coarse_levels)
     check_request(trimap, rtol=rtol, max_iter=max_iter, prior=prior, prior_weight=prior_weight, x0=x0)
-    exact = torch.float32 if image.device.type == "mps" else torch.float64
+    exact = exact_dtype(image.device)
     if x0 is None and coarse_levels > 0 and min(image.shape[2:]) > 2 * radius:
         coarse = large_kernel_matting(
             _half(image.detach()),

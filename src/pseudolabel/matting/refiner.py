@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseudolabel._checks import check_choice, check_number
-from pseudolabel._maps import resize, working_dtype
+from pseudolabel._maps import clamp_keeping_slope, resize, working_dtype
 from pseudolabel.matting._classes import check_inputs, known_pixels
 from pseudolabel.matting.closed_form import closed_form_matting
 from pseudolabel.matting.guided_filter import guided_filter_matting
@@ -102,4 +102,4 @@ class MattingRefiner(nn.Module):
 def _shrink(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Each pixel of the smaller maps is a mean."""
     small = F.interpolate(maps.to(working_dtype(maps)), size=size, mode="bilinear", antialias=True)
-    return small.clamp(0, 1).to(maps.dtype)
+    return clamp_keeping_slope(small, 0, 1).to(maps.dtype)

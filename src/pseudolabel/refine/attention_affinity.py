@@ -84,10 +84,10 @@ def attention_affinity(
     for layer in stack[1:]:
         affinity = affinity + _patch_attention(layer, num_prefix_tokens)
     affinity = affinity / len(stack)
-    tiny = torch.finfo(affinity.dtype).tiny
     for _ in range(iterations):
-        affinity = affinity / affinity.sum(1, keepdim=True).clamp(min=tiny)
-        affinity = affinity / affinity.sum(2, keepdim=True).clamp(min=tiny)
+        for axis in (1, 2):
+            total = affinity.sum(axis, keepdim=True)
+            affinity = affinity / total.where(total > 0, 1)
     if symmetric:
         affinity = (affinity + affinity.transpose(1, 2)) / 2
     return affinity if power == 1 else torch.linalg.matrix_power(affinity, power)
@@ -353,7 +353,9 @@ def _parts(high: Tensor) -> Tensor:
     A part has the highest number of its places. Neighbours tell each other the highest number they know, and
     each place asks the place of that number what it knows by now.
     """
-    number = torch.arange(1, 1 + high[0].numel(), dtype=torch.float32, device=high.device)  # exact below 2^24
+    places = high[0].numel()
+    dtype = torch.float32 if places <= 2**24 else torch.float64  # whole numbers are pooled as floats
+    number = torch.arange(1, 1 + places, dtype=dtype, device=high.device)
     known = number.view_as(high[0]) * high
     while True:
         before = known

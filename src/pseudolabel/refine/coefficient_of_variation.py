@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel._checks import check_finite, check_float, check_number, check_shapes
-from pseudolabel._maps import working_dtype
+from pseudolabel._maps import clamp_keeping_slope, working_dtype
 
 __all__ = [
     "CoefficientOfVariationSmoothing",
@@ -96,7 +96,7 @@ def coefficient_of_variation_smoothing(cam: Tensor, scale: float = 0.3, threshol
     kept = (cam >= threshold) & (value > 0)
     # Zeros are raised as ones and dropped after it: the slope of a power at 0 is infinite.
     smoothed = value.where(kept, 1).pow(exponent).where(kept, 0)
-    return smoothed.clamp(max=1).to(cam.dtype)
+    return clamp_keeping_slope(smoothed, high=1).to(cam.dtype)
 
 
 class CoefficientOfVariationSmoothing(nn.Module):

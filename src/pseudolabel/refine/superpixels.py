@@ -20,7 +20,14 @@ from pseudolabel._checks import (
     check_unit_range,
     values_unchecked,
 )
-from pseudolabel._maps import gather_present, present_classes, scatter_present, working_dtype
+from pseudolabel._maps import (
+    clamp_keeping_slope,
+    exact_dtype,
+    gather_present,
+    present_classes,
+    scatter_present,
+    working_dtype,
+)
 
 __all__ = [
     "felzenszwalb_superpixels",
@@ -92,17 +99,17 @@ def superpixel_refine(
     _check_ids(superpixels, num_regions)
     index, valid = present_classes(labels)
     size = (scores.shape[2], scores.shape[3])
-    dtype = working_dtype(scores)
-    taps = _taps(size, (superpixels.shape[1], superpixels.shape[2]), dtype, scores.device)
+    exact = exact_dtype(scores.device)  # one cell after the other is added
+    taps = _taps(size, (superpixels.shape[1], superpixels.shape[2]), exact, scores.device)
     touched = [(superpixels[:, y, x].flatten(1).long(), weight) for y, x, weight in taps]
     if num_regions is None:
         used, places = torch.unique(torch.stack([ids for ids, _ in touched]), return_inverse=True)
         num_regions = len(used)
         touched = [(ids, weight) for ids, (_, weight) in zip(places, touched, strict=True)]
 
-    f = gather_present(scores, index).to(dtype).flatten(2).masked_fill(~valid[:, :, None], 0)
+    f = gather_present(scores, index).to(exact).flatten(2).masked_fill(~valid[:, :, None], 0)
     f = F.pad(f, (0, 0, 0, 1))  # an absent class, so that there is one in any batch
-    positive, negative = f.clamp(min=0), f.clamp(max=0)
+    positive, negative = clamp_keeping_slope(f, low=0), clamp_keeping_slope(f, high=0)
     share = positive / positive.amax(1, keepdim=True).clamp(min=eps)
     vote, won, positive, negative, area = (
         _region_sum(values, touched, num_regions)
@@ -173,15 +180,15 @@ def region_mean(
     _check_ids(superpixels, num_regions)
     size, source = ((value.shape[-2], value.shape[-1]) for value in (superpixels, features))
     ids = superpixels.flatten(1).long()
-    cells = features.to(working_dtype(features)).flatten(2)
-    # How much each cell counts for each region.
+    cells = features.to(exact_dtype(features.device)).flatten(2)
+    # How much each cell counts for each region; one pixel after the other is added.
     weights = cells.new_zeros(len(ids), num_regions * cells.shape[2])
     for y, x, weight in _taps(size, source, cells.dtype, cells.device, align_corners=align_corners):
         cell = (y * source[1] + x).flatten()
         weights.scatter_add_(1, ids * cells.shape[2] + cell, weight.expand_as(ids))
     weights = weights.view(len(ids), num_regions, cells.shape[2])
     pixels = weights.sum(2, keepdim=True)  # a whole number
-    return weights @ cells.transpose(1, 2) / pixels.clamp(min=0.5)
+    return (weights @ cells.transpose(1, 2) / pixels.clamp(min=0.5)).to(working_dtype(features))
 
 
 def merge_superpixels(superpixels: Tensor, region_features: Tensor, max_regions: int = 64) -> Tensor:
