@@ -762,6 +762,22 @@ def test_late_frame_of_a_large_animation(tmp_path, monkeypatch, kind):
         read_image(tmp_path / "a", page=12)
 
 
+def test_animation_that_grows(tmp_path, small_limit):
+    """Frames of a GIF may be larger than its first."""
+
+    def frame(size):
+        data = encode(Image.new("L", size), "GIF")
+        place = data.index(b"," + struct.pack("<HHHH", 0, 0, *size))
+        return data[:place], data[place:-1]
+
+    head, small = frame((1, 1))
+    (tmp_path / "a.gif").write_bytes(head + small + frame((64, 64))[1] * 13 + b";")
+    if read_image(tmp_path / "a.gif", page=11).shape != (3, 64, 64):
+        pytest.skip("this version of Pillow crops them to the first")
+    with pytest.raises(ValueError, match=r"a\.gif: .*64 x 64 pixels 13 times"):
+        read_image(tmp_path / "a.gif", page=13)
+
+
 def test_comments_of_a_plain_ppm(tmp_path):
     (tmp_path / "a.ppm").write_bytes(b"P3 1 1 255\n" + b"#\n" * 1000 + b"255 0 0\n")
     assert read_image(tmp_path / "a.ppm").flatten().tolist() == [1, 0, 0]

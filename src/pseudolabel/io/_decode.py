@@ -171,10 +171,12 @@ def _turn_to_page(picture: ImageFile.ImageFile, page: int | None) -> None:
                 "it holds more than one picture (pages, frames); read_image(path, page=0) takes the first"
             )
         return
-    if picture.format in {"GIF", "PNG", "WEBP"} and page < getattr(picture, "n_frames", 1):
-        _check_passes(picture, page + 1)  # a frame is drawn over those before it
+    animation = picture.format in {"GIF", "PNG", "WEBP"}  # each frame is drawn over those before it
     try:
-        picture.seek(page)
+        for frame in range(page + 1) if animation else [page]:
+            picture.seek(frame)
+            if animation:
+                _check_passes(picture, frame + 1)
     except EOFError:
         raise ValueError(f"page: it has no page {page}, counted from 0") from None
 
