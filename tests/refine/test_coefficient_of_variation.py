@@ -125,7 +125,8 @@ def test_grows_and_keeps_its_order(cam: torch.Tensor, scale: float, threshold: f
     assert (u >= cam - 1e-12)[cam >= threshold].all()
     assert u[cam == 1].eq(1).all()
     order = cam.flatten(2).argsort(-1)
-    assert (u.flatten(2).gather(-1, order).diff(dim=-1) >= 0).all()
+    # Vectors and the rest of a row may take `pow` of one value apart by the last bit.
+    assert (u.flatten(2).gather(-1, order).diff(dim=-1) >= -torch.finfo(u.dtype).eps).all()
 
 
 @given(cam=unit_maps, threshold=thresholds)
