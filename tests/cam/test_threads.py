@@ -248,6 +248,20 @@ def test_data_parallel_without_devices(model: Network) -> None:
     assert torch.equal(attention(parallel)(image), attention(model)(image))
 
 
+def test_networks_compiled_as_one_graph() -> None:
+    """A hook that breaks the graph would be an error there."""
+    torch._dynamo.reset()
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for image in photos(3):
+            assert torch.equal(CAM(compiled)(image), CAM(network)(image))
+            assert torch.equal(CAM(compiled, network[1])(image), CAM(network)(image))
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------------------------ modes
 
 

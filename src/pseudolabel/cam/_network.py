@@ -82,8 +82,8 @@ def hook_here(
     thread = threading.get_ident()
 
     def here(*arguments: Any) -> Any:
-        # While a network is compiled it cannot be asked for its thread.
-        if torch.compiler.is_compiling() or threading.get_ident() == thread:
+        # While dynamo traces a network, it cannot be asked for its thread.
+        if torch.compiler.is_dynamo_compiling() or threading.get_ident() == thread:
             return hook(*arguments)
         return None
 

@@ -285,7 +285,7 @@ def _spatial_filter(
     size = (images, height, width, sxy, device)
     if not _makes_plain_tensors(device):
         return _new_spatial_filter(*size)
-    # Each step is atomic, so that threads need no lock, which a process could inherit locked.
+    # Each step is atomic, so that threads need no lock.
     kernel = _kept.pop(size, None) or _new_spatial_filter(*size)
     if kernel.nbytes <= _MOST_BYTES_KEPT:
         _kept[size] = kernel
@@ -299,7 +299,7 @@ def _spatial_filter(
 
 def _makes_plain_tensors(device: torch.device) -> bool:
     """Whether tensors made now are plain numbers: those of tracers and of `torch.func` are no use later."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
     new = torch.zeros(1, device=device)
     try:
