@@ -183,7 +183,7 @@ def test_single_class_ignores_the_share() -> None:
 
 
 def test_one_pixel_image() -> None:
-    image = torch.rand(1, 3, 1, 1)
+    image = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)
     assert proportional_pseudo_mask(image, torch.ones(1, 1, 1, 1), torch.ones(1, 1)).tolist() == [[[1]]]
 
 
