@@ -4,7 +4,7 @@ import io
 import os
 import tarfile
 import zipfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -38,7 +38,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
                     for member in archive.infolist():  # several may have one name
                         if member.filename.lower().endswith(".pkl"):
                             check_pickle(io.BytesIO(archive.read(member)), refused=_REFUSED)
-            elif tarfile.is_tarfile(file):
+            elif _is_tar(file):
                 raise ValueError("an archive as PyTorch wrote before 0.2")
             else:  # as before PyTorch 1.6: five pickles, then the bytes of the tensors
                 file.seek(0)
@@ -54,3 +54,12 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
             said = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
             cause = (said or type(error).__name__).splitlines()[0]
             raise ValueError(f"{os.fspath(path)}: cannot read it without running code: {cause}") from error
+
+
+def _is_tar(file: BinaryIO) -> bool:
+    """Whether PyTorch would take it for one; compressed ones it does not know."""
+    try:
+        tarfile.open(fileobj=file, mode="r:").close()
+    except tarfile.TarError:
+        return False
+    return True
