@@ -1,4 +1,4 @@
-"""Pickles are looked at before they run: what those of Python hold passes, and what a few bytes blow up does not."""
+"""Pickles are looked at before they run: what Python writes passes, what a few bytes blow up does not."""
 
 import io
 import pickle
