@@ -274,6 +274,7 @@ def test_imports_under_a_foreign_mode() -> None:
     program = """
 import importlib, logging, pkgutil, sys
 import torch
+import torch._dynamo  # which PyTorch 2.6 itself cannot import there
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 logging.disable(logging.CRITICAL)
