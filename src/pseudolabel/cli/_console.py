@@ -1,13 +1,12 @@
 """What the commands share: messages, progress bars, threads, and small files of text."""
 
-import contextlib
 import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import islice
@@ -20,6 +19,7 @@ import torch
 from pseudolabel.cli._text import one_line
 from pseudolabel.io import read_list
 from pseudolabel.io._files import MAX_BYTES, open_file
+from pseudolabel.io._quote import quote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UserError",
     "as_done",
+    "differences",
     "find_masks",
     "import_extra",
     "in_threads",
@@ -51,12 +52,12 @@ class _Messages:
     """The stream of messages, which nobody has to read: what cannot be written there is dropped."""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a full disk, a closed stream
+        with suppress(OSError, ValueError):  # a broken pipe, a full disk, a closed stream
             sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             sys.stderr.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -71,7 +72,7 @@ class _Results:
             sys.stdout.write(text)
             sys.stdout.flush()
         except OSError as error:
-            with contextlib.suppress(OSError, ValueError):  # else Python tries again when it ends
+            with suppress(OSError, ValueError):  # else Python tries again when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise UserError(f"the results cannot be written to stdout: {error.strerror}") from error
         return len(text)
@@ -99,6 +100,13 @@ def stdout() -> "Console":
 def report(message: str) -> None:
     """Print one line to stderr, above a progress bar where one runs."""
     stderr().print(one_line(message), markup=False, highlight=False, soft_wrap=True)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the settings of a folder and those of a run, nothing if they agree."""
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    was, became = ({name: each.get(name) for name in differing} for each in (before, now))
+    return f"{quote(was)}, now {quote(became)}" if differing else ""
 
 
 def report_names(names: Sequence[str], what: str) -> None:
@@ -226,7 +234,7 @@ def find_masks(folder: str | os.PathLike[str], suffix: str = ".png") -> dict[str
         if path.suffix.lower() == suffix and not path.name.startswith(".") and path.is_file():
             other = found.setdefault(path.stem, path)
             if other is not path:
-                raise UserError(f"{folder}: {other.name!r} and {path.name!r} are two masks of one name")
+                raise UserError(f"{folder}: {other.name!r} and {path.name!r} are two files of one name")
     return found
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pseudolabel import __version__
-from pseudolabel.cli._console import UserError, find_masks
+from pseudolabel.cli._console import UserError, differences, find_masks
 from pseudolabel.cli._marks import refuse_foreign
 from pseudolabel.cli._mask_maker import Entry
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._files import MAX_BYTES, open_file
-from pseudolabel.io._quote import quote
 
 if sys.platform != "win32":
     import fcntl
@@ -101,7 +100,7 @@ def working_in(
             _settle(folder, settings, names, overwrite=overwrite, kind=kind)
         _lock(file, alone=False)
         if (theirs := _read_settings(folder)) != settings:
-            said = f"{kind.what} here with {_differences(theirs, settings)}"
+            said = f"{kind.what} here with {differences(theirs, settings)}"
             raise UserError(f"{folder}: another run is making {said}; take another {kind.option}")
         yield
 
@@ -137,7 +136,7 @@ def _settle(
         ours = sorted(there.keys() & set(names))
         others = sorted(there.keys() - set(names)) if before else []
         if not overwrite and (ours or others):
-            said = f"made with {_differences(before, settings)}" if before else "made in an unknown way"
+            said = f"made with {differences(before, settings)}" if before else "made in an unknown way"
             raise UserError(f"{folder}: holds {what} {said}; take another {option}, or --overwrite")
         if others:
             raise UserError(
@@ -160,12 +159,6 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     record = _read_record(folder, "generate") or {}
     settings = record.get("settings", {})
     return settings if isinstance(settings, dict) else {"settings": settings}
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    was, became = ({name: each.get(name) for name in differing} for each in (before, now))
-    return f"{quote(was)}, now {quote(became)}"
 
 
 @contextlib.contextmanager

@@ -59,6 +59,6 @@ def refuse_foreign(files: Iterable[Path]) -> None:
 
 
 def digest_file(path: Path) -> str:
-    """What a journal notes of a file's content: 128 bits of its SHA-256."""
+    """What is noted down of a file's content: 128 bits of its SHA-256."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]

@@ -312,10 +312,9 @@ def _method_options(settings: Settings, method: Callable[..., Tensor]) -> dict[s
 
 
 def _digest(path: str | None, model: nn.Module) -> str:
-    """SHA-256 of the file of weights, or where there is none of the weights themselves."""
+    """Digest of the file of weights, or where there is none of the weights themselves."""
     if path:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_file(Path(path))
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

@@ -362,10 +362,10 @@ def _read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     if path.suffix not in {".pt", ".pth", ".npz", ".safetensors"}:
         raise UserError(f"{path}: expected weights in .safetensors, .pt, .pth or .npz")
     try:
-        open_file(path).close()  # says in plain words if it is none
         if path.suffix == ".npz":
             content = _read_npz(path, model)
         elif path.suffix == ".safetensors":
+            open_file(path).close()  # says in plain words if it is none
             content = import_extra("safetensors.torch", "--weights", "safetensors").load_file(path)
         else:
             content = read_torch_file(path)

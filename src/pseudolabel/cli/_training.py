@@ -23,10 +23,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pseudolabel.cli._console import UserError, progress
+from pseudolabel.cli._console import UserError, differences, progress
 from pseudolabel.io._atomic import write_atomically
 from pseudolabel.io._files import MAX_BYTES, open_file
-from pseudolabel.io._quote import quote
 from pseudolabel.io._torch_file import read_torch_file
 
 __all__ = ["Settings", "is_first", "num_processes", "random_view", "sum_over_processes", "train"]
@@ -278,10 +277,7 @@ def _resume(out: Path, state: Mapping[str, Any], decisive: Mapping[str, Any]) ->
         raise UserError(
             f"{path}: not a checkpoint of this program: {error or type(error).__name__}"
         ) from error
-    differing = [name for name in {**before, **decisive} if before.get(name) != decisive.get(name)]
-    if differing:
-        was, now = ({name: each.get(name) for name in differing} for each in (before, decisive))
-        said = f"{quote(was)}, now {quote(now)}"
+    if said := differences(before, decisive):
         raise UserError(f"{out}: holds a run with {said}; take another --out, or --overwrite")
     try:
         for name, part in state.items():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pseudolabel import io
 from pseudolabel.cli._console import UserError, find_masks, read_names, report, report_names
 from pseudolabel.cli._folder import claim
+from pseudolabel.cli._marks import digest_file
 from pseudolabel.cli._models import load_model, load_weights
 from pseudolabel.cli._training import (
     Settings,
@@ -161,8 +162,8 @@ def run(args: argparse.Namespace) -> int:
         about = {
             "job": args.job,
             "model": args.model,
-            "weights": _digest([Path(args.weights).read_bytes()]) if args.weights else None,
-            "photos": _digest(part for path in photos for part in (path.stem.encode(), path.read_bytes())),
+            "weights": digest_file(Path(args.weights)) if args.weights else None,
+            "photos": _digest(part for path in photos for part in (path.stem, digest_file(path))),
             "puf": puf,
         }
         out = Path(args.out)
@@ -171,11 +172,11 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(partners, io.ImageLabels):
             about |= {
                 "classes": list(partners.classes),
-                "labels": _digest([partners.labels.numpy().tobytes()]),
+                "labels": hashlib.sha256(partners.labels.numpy().tobytes()).hexdigest()[:16],
             }
             losses = train_classifier(model.to(device), photos, partners.labels, settings, **files)
         else:
-            about["masks"] = _digest(path.read_bytes() for path in partners)
+            about["masks"] = _digest(digest_file(path) for path in partners)
             loss = partial(segmentation_loss, **puf) if puf else None
             losses = train_segmenter(model.to(device), photos, partners, settings, loss, **files)
         if is_first():
@@ -284,8 +285,8 @@ def _processes(name: str) -> Iterator[torch.device]:
     dist.destroy_process_group()  # not after an error: the others may hang in the middle of a step
 
 
-def _digest(parts: Iterable[bytes]) -> str:
+def _digest(parts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(hashlib.sha256(part).digest())
+        digest.update(hashlib.sha256(part.encode("utf-8", "surrogateescape")).digest())
     return digest.hexdigest()[:16]

@@ -67,9 +67,8 @@ def power_background(cam: Tensor, alpha: float) -> Tensor:
         return _background(cam, 1.0)
     highest = cam.to(working_dtype(cam)).amax(1, keepdim=True)
     rest = 1 - clamp_keeping_slope(highest, 0, 1)  # rounding noise above 1 would leave [0, 1]
-    background = rest.pow(alpha)
-    if alpha < 1:  # roots have no finite slope at 0: maps of 1 take a constant there instead
-        background = rest.where(rest > 0, 1).pow(alpha).where(rest > 0, 0)
+    # Roots have no finite slope at 0: maps of 1 take a constant there instead.
+    background = rest.pow(alpha) if alpha >= 1 else rest.where(rest > 0, 1).pow(alpha).where(rest > 0, 0)
     return torch.cat([background.to(cam.dtype), cam], dim=1)
 
 
